@@ -1,0 +1,202 @@
+"""The nouns of the data flow and their JSON form: prompt -> attempt -> completion -> verdict.
+
+Every joint between rooms is one of these records, written to disk as JSON Lines. Records carry keys and are joined
+by key, never by position. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Status = Literal["refused", "complied", "unscored"]
+Outcome = Literal["refused_at_once", "recovered", "complied", "unscored"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One user instruction, with the reference answer that prefilling takes its tokens from."""
+
+    prompt_id: str
+    text: str
+    category: str = "uncategorised"
+    behaviour: str = ""
+    style: str = ""
+    answer: str | None = None
+    """Reference answer (for should-refuse prompts: the harmful one); None where none is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is drawn; the paper's defaults (App. B.2 and its code)."""
+
+    temperature: float = 0.9
+    top_p: float = 0.6
+    top_k: int = 50
+    """0 turns the top-k filter off."""
+    max_new_tokens: int = 64
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken at each step."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """What joins attempts, completions and verdicts, everywhere."""
+
+    prompt_id: str
+    attack: str
+    variant: str
+    sample: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One prompt as one attack presents it to one model."""
+
+    prompt_id: str
+    attack: str
+    """Name of the attack: "prefill", "refusal_prefix", "none"."""
+    variant: str
+    """Its setting: "k=5", "I cannot", the name of a prompt set."""
+    sample: int
+    model: Literal["target", "base"]
+    """Which of the two loaded models answers."""
+    messages: tuple[Message, ...]
+    prefill_ids: tuple[int, ...] = ()
+    """Response token ids forced before sampling; ids, so that k means k."""
+    prefill_text: str = ""
+    category: str = "uncategorised"
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    """Seed of this row's own random stream, so that no row depends on its batch."""
+
+    @property
+    def key(self) -> Key:
+        """The join key."""
+        return Key(prompt_id=self.prompt_id, attack=self.attack, variant=self.variant, sample=self.sample)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What the model wrote after the prefill."""
+
+    prompt_id: str
+    attack: str
+    variant: str
+    sample: int
+    status: Literal["ok", "failed"]
+    text: str = ""
+    """Decoded completion without the prefill; special tokens left out."""
+    token_ids: tuple[int, ...] = ()
+    char_ends: tuple[int, ...] = ()
+    """`char_ends[i]`: length of the decoded text after token i, so that a character position becomes a token."""
+    finish: Literal["stop", "length", ""] = ""
+    num_input_tokens: int = 0
+    reason: str = ""
+    """Why the attempt failed, when it did."""
+
+    @property
+    def key(self) -> Key:
+        """The join key."""
+        return Key(prompt_id=self.prompt_id, attack=self.attack, variant=self.variant, sample=self.sample)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeInput:
+    """What a judge sees: never the attack's name."""
+
+    prompt: str
+    response: str
+    """The text to be judged: the completion alone, or prefill + completion."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ruling:
+    """What a judge says of one text."""
+
+    status: Status
+    outcome: Outcome
+    reason: str = ""
+    """The matched phrase, or why the text is unscored."""
+    refusal_char: int | None = None
+    """Character at which the first refusal begins, in the judged text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A judge's two rulings on one completion: alone, and together with its prefill."""
+
+    prompt_id: str
+    attack: str
+    variant: str
+    sample: int
+    judge: str
+    status: Status
+    outcome: Outcome
+    reason: str = ""
+    refusal_position: int | None = None
+    """Response position (0-based, prefill tokens counted) at which the first refusal begins."""
+    status_with_prefix: Status = "unscored"
+    outcome_with_prefix: Outcome = "unscored"
+    reason_with_prefix: str = ""
+
+    @property
+    def key(self) -> Key:
+        """The join key."""
+        return Key(prompt_id=self.prompt_id, attack=self.attack, variant=self.variant, sample=self.sample)
+
+
+Record = TypeVar("Record")
+
+
+def to_json(record: Any) -> str:
+    """One line of JSON for a record; non-ASCII characters are kept."""
+    return json.dumps(dataclasses.asdict(record), ensure_ascii=False, separators=(",", ":"))
+
+
+def from_dict(record_type: type[Record], data: Mapping[str, Any]) -> Record:
+    """Rebuild a record from its JSON object; unknown fields raise `ValueError`."""
+    fields = {field.name: field for field in dataclasses.fields(record_type)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise ValueError(f"{record_type.__name__} has no field {unknown[0]!r}; its fields are {sorted(fields)}")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if name == "messages":
+            values[name] = tuple(Message(**turn) for turn in value)
+        elif name == "sampling":
+            values[name] = Sampling(**value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return record_type(**values)
+
+
+def read_jsonl(path: Path, record_type: type[Record]) -> Iterator[Record]:
+    """Read records from a JSON Lines file, in file order; a malformed line raises `ValueError` naming it."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield from_dict(record_type, json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def to_jsonl(records: Iterable[Any]) -> str:
+    """JSON Lines text for records."""
+    return "".join(to_json(record) + "\n" for record in records)
