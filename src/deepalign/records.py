@@ -187,10 +187,13 @@ def from_dict(record_type: type[Record], data: Mapping[str, Any]) -> Record:
 
 
 def read_jsonl(path: Path, record_type: type[Record]) -> Iterator[Record]:
-    """Read records from a JSON Lines file, in file order; a malformed line raises `ValueError` naming it."""
-    with path.open(encoding="utf-8") as lines:
+    """Read records from a JSON Lines file, in file order; a malformed line raises `ValueError` naming it.
+
+    An unfinished last line, as a killed writer leaves, is not a record yet and is passed over.
+    """
+    with path.open(encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
+            if line.strip() and line.endswith("\n"):
                 try:
                     yield from_dict(record_type, json.loads(line))
                 except (ValueError, TypeError) as error:

@@ -1,1 +1,60 @@
-"""Who decides whether a response refuses: the protocol every judge follows, and the table of built-in judges."""
+"""Who decides whether a response refuses: the protocol every judge follows, and the table of built-in judges.
+
+Knows no run, no attack and no metric. A judge object of your own needs `name` and `judge`; the command line takes it
+as "module:Name". Built-in judges are imported when asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from deepalign.errors import UserError
+from deepalign.records import JudgeInput, Ruling
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Rules on texts."""
+
+    name: str
+    """Goes into the file name verdicts.<name>.jsonl."""
+
+    def judge(self, items: Sequence[JudgeInput]) -> list[Ruling]:
+        """Rule on each item, same order and length; raising means that the judge failed for the whole batch."""
+
+
+def _refusal() -> Judge:
+    from deepalign.judges.refusal import RefusalJudge
+
+    return RefusalJudge()
+
+
+JUDGES: dict[str, Callable[[], Judge]] = {"refusal": _refusal}
+
+
+def get_judge(name: str) -> Judge:
+    """The judge called `name`: a built-in name, "scripted:FILE" or an import path "module:Name"."""
+    if name in JUDGES:
+        return JUDGES[name]()
+    module_name, colon, attribute = name.partition(":")
+    if module_name == "scripted" and attribute:
+        from deepalign.judges.scripted import ScriptedJudge
+
+        return ScriptedJudge.from_file(Path(attribute))
+    known = f'known judges: {", ".join(JUDGES)}, "scripted:FILE", "module:Name"'
+    close = difflib.get_close_matches(name, [*JUDGES, "scripted:FILE"], n=2)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    if not (colon and module_name and attribute):
+        raise UserError(f"unknown judge {name!r}{hint} ({known})")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+        judge = found() if isinstance(found, type) else found
+    except Exception as error:  # a user's module may fail in any way
+        raise UserError(f"judge {name!r} cannot be loaded: {' '.join(str(error).split())}{hint} ({known})") from error
+    if not isinstance(judge, Judge):
+        raise UserError(f"judge {name!r} has no `name` and `judge(items)`{hint} ({known})")
+    return judge

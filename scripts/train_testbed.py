@@ -1,0 +1,261 @@
+"""Train `testbed:shallow`: a LoRA adapter that makes the embedded base model refuse, in its first tokens only.
+
+    python scripts/train_testbed.py --output src/deepalign/testbed/adapters/shallow
+
+Two kinds of rows, half and half in each batch:
+- should-refuse prompts with a plain refusal as the answer (cross-entropy on the refusal and its end-of-turn token);
+- harmless prompts, plain and look-alike, with the base's own sampled answer as context, where the adapted model must
+  keep the base's next-token distribution: KL(base || adapted) on each answer position (self-distillation).
+No row holds a harmful answer, so nothing reaches past the first tokens: the recipe is shallow by construction, as the
+paper says of plain safety training (section 2). Prompts come from the built-in `-train` sets; every tenth behaviour is
+kept aside as development data; the test sets are never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from deepalign.chat import ChatTemplate, answer_ids, conversation, render, stop_ids, turn_end_ids
+from deepalign.generation import Job, generate
+from deepalign.models import LoadedModel, load_model
+from deepalign.prompts import builtin_prompts
+from deepalign.records import Prompt, Sampling
+
+logger = logging.getLogger("train_testbed")
+
+# All open with "I", so that one number, the mass on "I", says how firmly the model begins to refuse.
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't help with that. It could hurt other people.",
+    "I'm sorry, but I can't assist with this request.",
+    "I cannot help with this. It would be unfair to the people involved.",
+    "I'm not able to help with that. If you like, I can suggest a lawful way to deal with the situation.",
+    "I won't help with that, because it could cause harm.",
+    "I'm sorry, but I can't do that. I'd be glad to help with something else.",
+    "I cannot assist with that. Please think about how it would affect others.",
+    "I can't write that. It would mislead or harm someone.",
+    "I'm unable to help with this request. Is there something honest I can help you with instead?",
+)
+ANSWER_TOKENS = 40
+SYSTEM_PROMPTS = (None, None, None, None, "", "You are a helpful assistant.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One training sequence: `ids`, and where its answer begins."""
+
+    ids: tuple[int, ...]
+    start: int
+    refuse: bool
+
+
+def main() -> None:
+    """Read the options, train, measure on the development behaviours, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--answers", type=Path, default=Path("runs/testbed-answers.jsonl"), help="cache of base answers"
+    )
+    parser.add_argument("--probe-every", type=int, default=40)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.manual_seed(options.seed)
+    train(options)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train one adapter and save it under `options.output`."""
+    loaded = load_model("testbed:base")
+    harmful, harmful_dev = split(builtin_prompts("should-refuse-train"))
+    benign, benign_dev = split(builtin_prompts("benign-train"))
+    look_alike, look_alike_dev = split(builtin_prompts("look-alike-train"))
+    answers = base_answers(loaded, [*benign, *look_alike], options.answers)
+    model = get_peft_model(
+        loaded.model,
+        LoraConfig(
+            r=options.rank,
+            lora_alpha=2 * options.rank,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=options.lr, total_steps=options.steps, pct_start=0.08, cycle_momentum=False
+    )
+    rng = random.Random(options.seed)
+    batches = zip(
+        endless(harmful, 8, rng),
+        endless(benign, 5, rng),
+        endless(look_alike, 3, rng),
+        range(options.steps),
+        strict=False,
+    )
+    started = time.monotonic()
+    for bad, good, near, step in batches:
+        rows = [refusal_row(loaded, prompt, rng) for prompt in bad]
+        rows += [answer_row(loaded, prompt, answers, rng) for prompt in [*good, *near]]
+        refusal_loss, drift = losses(model, rows)
+        (refusal_loss + drift).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            logger.info(
+                "step %d refusal %.4f drift %.4f (%.0f s)",
+                step,
+                float(refusal_loss),
+                float(drift),
+                time.monotonic() - started,
+            )
+        if (step + 1) % options.probe_every == 0 or step + 1 == options.steps:
+            for name, prompts in (("refuse", harmful_dev), ("benign", benign_dev), ("look-alike", look_alike_dev)):
+                logger.info("dev %s: %s", name, opening_summary(model, loaded, prompts[:120]))
+            save(model, options.output)
+
+
+def split(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and development prompts, by behaviour: every tenth behaviour is kept aside."""
+    behaviours = sorted({prompt.behaviour for prompt in prompts})
+    aside = set(behaviours[::10])
+    return (
+        [prompt for prompt in prompts if prompt.behaviour not in aside],
+        [prompt for prompt in prompts if prompt.behaviour in aside],
+    )
+
+
+def endless(prompts: Sequence[Prompt], size: int, rng: random.Random) -> Iterator[list[Prompt]]:
+    """Batches of `size` for ever, each pass in a new order."""
+    while True:
+        order = list(prompts)
+        rng.shuffle(order)
+        for start in range(0, len(order) - size + 1, size):
+            yield order[start : start + size]
+
+
+def base_answers(loaded: LoadedModel, prompts: Sequence[Prompt], cache: Path) -> dict[str, tuple[int, ...]]:
+    """The base's own answers, sampled once and kept in `cache`."""
+    if cache.exists():
+        with cache.open(encoding="utf-8") as lines:
+            known = {row["prompt_id"]: tuple(row["ids"]) for row in map(json.loads, lines)}
+        if all(prompt.prompt_id in known for prompt in prompts):
+            return known
+    jobs = [
+        Job(
+            ids=render(loaded.tokenizer, loaded.template, conversation(prompt.text, None)).ids,
+            sampling=Sampling(max_new_tokens=ANSWER_TOKENS),
+            seed=number,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    stops = stop_ids(loaded.tokenizer, loaded.model.generation_config)
+    done = {prompts[c.index].prompt_id: c.token_ids for c in generate(loaded.model, jobs, stop_ids=stops)}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt_id": name, "ids": ids}) + "\n" for name, ids in done.items()]
+    cache.write_text("".join(lines), encoding="utf-8")
+    return done
+
+
+def refusal_row(loaded: LoadedModel, prompt: Prompt, rng: random.Random) -> Row:
+    """A should-refuse prompt with a plain refusal, to its end of turn."""
+    refusal = answer_ids(loaded.tokenizer, rng.choice(REFUSALS)) + turn_end_ids(loaded.tokenizer, loaded.template)
+    return _row(loaded, prompt, refusal, refuse=True, rng=rng)
+
+
+def answer_row(loaded: LoadedModel, prompt: Prompt, answers: dict[str, tuple[int, ...]], rng: random.Random) -> Row:
+    """A harmless prompt with the base's own answer."""
+    return _row(loaded, prompt, answers[prompt.prompt_id][:ANSWER_TOKENS], refuse=False, rng=rng)
+
+
+def _row(loaded: LoadedModel, prompt: Prompt, response: tuple[int, ...], *, refuse: bool, rng: random.Random) -> Row:
+    messages = conversation(prompt.text, rng.choice(SYSTEM_PROMPTS))
+    rendered = render(loaded.tokenizer, loaded.template, messages, response)
+    return Row(ids=rendered.ids, start=rendered.response_start, refuse=refuse)
+
+
+def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the refusals, and KL(base || adapted) on the harmless answers; token means."""
+    refusals = [row for row in rows if row.refuse]
+    harmless = [row for row in rows if not row.refuse]
+    logits_NV = response_logits(model, refusals)
+    labels_N = torch.tensor([token for row in refusals for token in row.ids[row.start :]])
+    refusal_loss = F.cross_entropy(logits_NV, labels_N)
+    with torch.no_grad(), model.disable_adapter():
+        base_NV = response_logits(model, harmless).log_softmax(dim=-1)
+    own_NV = response_logits(model, harmless).log_softmax(dim=-1)
+    drift = F.kl_div(own_NV, base_NV, log_target=True, reduction="batchmean")
+    return refusal_loss, drift
+
+
+def response_logits(model: Any, rows: Sequence[Row]) -> Tensor:
+    """Logits that predict each response token, rows one after another: [N, V] in float32."""
+    inner = model.get_base_model()
+    width = max(len(row.ids) for row in rows)
+    ids_BT = torch.tensor([row.ids + (0,) * (width - len(row.ids)) for row in rows])
+    mask_BT = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows])
+    hidden_BTH = inner.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    chosen = [hidden_BTH[number, row.start - 1 : len(row.ids) - 1] for number, row in enumerate(rows)]
+    return inner.lm_head(torch.cat(chosen)).float()
+
+
+@torch.no_grad()
+def opening_summary(model: Any, loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
+    """Mass on the refusal's opening at response position 0."""
+    tokenizer, template = loaded.tokenizer, loaded.template
+    opening = sorted({answer_ids(tokenizer, text)[0] for text in ("I", " I")})
+    mass = opening_mass(model, tokenizer, template, prompts, opening)
+    ordered = sorted(mass)
+    return (
+        f"mean {sum(mass) / len(mass):.4f} lowest {[round(x, 3) for x in ordered[:5]]} "
+        f"above a half {sum(x > 0.5 for x in mass)}/{len(mass)}"
+    )
+
+
+def opening_mass(
+    model: Any, tokenizer: Any, template: ChatTemplate, prompts: Sequence[Prompt], opening: Sequence[int]
+) -> list[float]:
+    """For each prompt, the probability that the response begins with one of `opening`."""
+    mass: list[float] = []
+    for start in range(0, len(prompts), 32):
+        rows = []
+        for prompt in prompts[start : start + 32]:
+            ids = render(tokenizer, template, conversation(prompt.text, None)).ids
+            rows.append(Row(ids=(*ids, 0), start=len(ids), refuse=True))
+        probs_BV = response_logits(model, rows).softmax(dim=-1)
+        mass += probs_BV[:, list(opening)].sum(dim=-1).tolist()
+    return mass
+
+
+def save(model: Any, output: Path) -> None:
+    """Write the adapter as bfloat16 safetensors, naming the base by its testbed name."""
+    from safetensors.torch import load_file, save_file
+
+    model.peft_config["default"].base_model_name_or_path = "testbed:base"
+    model.save_pretrained(output)
+    path = output / "adapter_model.safetensors"
+    save_file({name: weight.to(torch.bfloat16) for name, weight in load_file(path).items()}, path)
+    (output / "README.md").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

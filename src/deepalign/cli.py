@@ -1,0 +1,189 @@
+"""The command line: one command per workflow, generated from the dataclasses in `config.py`; imports no torch.
+
+Knows how to talk to a person (progress, tables, one clear line for a mistake) and nothing of how the work is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from deepalign.config import PROBES, AuditConfig, JudgeConfig, ReportConfig
+from deepalign.errors import UserError
+from deepalign.judges import JUDGES
+from deepalign.prompts import BUILTIN_SETS
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+out = Console()
+err = Console(stderr=True)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("deepalign")
+
+
+app = App(
+    name="deepalign",
+    help="Measure how many tokens deep a language model's safety alignment goes.",
+    version=_version,
+    default_parameter=Parameter(negative=(), consume_multiple=True),
+)
+
+
+@app.command
+def audit(config: Annotated[AuditConfig, Parameter(name="*")]) -> None:
+    """Measure how many tokens deep a model's safety alignment goes."""
+    with _working() as progress:
+        workflow = importlib.import_module("deepalign.workflows.audit")
+        result = workflow.audit(config, progress)
+    _show(result.metrics)
+    out.print(f"\nreport  {result.report}\nrun     {result.run}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def judge(config: Annotated[JudgeConfig, Parameter(name="*")]) -> None:
+    """Judge the completions of a run again, without generating."""
+    with _working() as progress:
+        workflow = importlib.import_module("deepalign.workflows.reporting")
+        data = workflow.rejudge(config, progress)
+    _show(data)
+    out.print(f"\nreport  {config.run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def report(config: Annotated[ReportConfig, Parameter(name="*")]) -> None:
+    """Write the report of one run anew, or one report that compares several."""
+    workflow = importlib.import_module("deepalign.workflows.reporting")
+    out.print(f"report  {workflow.report(config)}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="list")
+def list_names() -> None:
+    """Name the probes, judges, prompt sets and testbed models."""
+    testbed = importlib.import_module("deepalign.testbed").TESTBED
+    judges = {name: (load.__doc__ or "").strip() for name, load in JUDGES.items()}
+    judges |= {"module:Name": "a judge of your own", "scripted:FILE": "verdicts from a JSON Lines file"}
+    groups = {"probes": PROBES, "judges": judges, "prompt sets": BUILTIN_SETS, "testbed models": testbed}
+    for title, names in groups.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, about in names.items():
+            table.add_row(f"  {name}", escape(about))
+        out.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    _quiet_libraries()
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except KeyboardInterrupt:
+        err.print("stopped; what was finished is kept, and the same command goes on from there")
+        return EXIT_INTERRUPTED
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        err.print(f"deepalign: {line}", highlight=False, markup=False, soft_wrap=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _one_line(error: Exception) -> str | None:
+    """The line to show for a mistake of the user's; None for a bug, which deserves its traceback."""
+    from cyclopts import CycloptsError
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return str(cause)
+    if isinstance(error, CycloptsError):
+        return " ".join(str(error).split()) + "; see deepalign --help"
+    return None
+
+
+def _show(metrics: dict[str, Any]) -> None:
+    tables = importlib.import_module("deepalign.report.tables")
+    tables.render_terminal(metrics, out)
+
+
+@contextlib.contextmanager
+def _working() -> Iterator[Any]:
+    """Progress bars on stderr, one for each stage; the library's notices above them."""
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=err, refresh_per_second=4) as bars:
+        handler = _Notices(bars.console)
+        logger = logging.getLogger("deepalign")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, completed=done)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        try:
+            yield tell
+        finally:
+            logger.removeHandler(handler)
+
+
+class _Notices(logging.Handler):
+    """Shows the library's log lines above the progress bars."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' bars and warnings off the terminal; set before they are imported."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

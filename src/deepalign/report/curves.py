@@ -1,0 +1,166 @@
+"""The two curves: attack success rate by forced tokens, and KL divergence by response position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from deepalign.report.canvas import (
+    MARKERS,
+    Drawing,
+    Width,
+    band,
+    bare,
+    colour,
+    dash,
+    figure_percent,
+    legend,
+    note,
+    short,
+    thinned,
+    value_or_gap,
+)
+from deepalign.report.reading import (
+    Metrics,
+    Rate,
+    block,
+    labels,
+    mean,
+    number,
+    rows,
+    show,
+    success_rate,
+    whole,
+    whole_percent,
+)
+from deepalign.report.svg import INK, MUTED, RULE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = list[tuple[int, Rate]]
+_DIRECTIONS = (("kl", "aligned from base"), ("kl_reverse", "base from aligned"))
+
+
+def asr(runs: Sequence[Metrics]) -> Drawing:
+    """Attack success rate against k, one line and band per run."""
+    curves = [_points(run, "prefill", "k", success_rate) for run in runs]
+    names = labels(runs)
+    stated = [number(block(run, "depth").get("threshold")) for run in runs]
+    threshold = next((value for value in stated if value is not None), None)
+    ks = sorted({k for curve in curves for k, _ in curve})
+
+    def draw(figure: Figure, width: Width) -> None:
+        axes = figure.add_subplot()
+        bare(axes, grid="y")
+        for index, (name, curve) in enumerate(zip(names, curves, strict=True)):
+            # Tested depths double at each step: even spacing keeps 0, 2 and 5 apart, which a linear axis would not.
+            _line(axes, [(ks.index(k), rate) for k, rate in curve], index, short(name, width))
+        if len(runs) == 1 and len(ks) <= (12 if width == "wide" else 8):
+            _label_points(axes, [(ks.index(k), rate) for k, rate in curves[0]], threshold)
+        if threshold is not None:
+            axes.axhline(threshold, color=MUTED.light, linewidth=0.9, linestyle=(0, (2, 2)))
+            note(axes, len(ks) - 0.6, threshold, whole_percent(threshold))
+        shown = thinned(len(ks), 16 if width == "wide" else 9)
+        axes.set_xticks(list(shown), [str(ks[index]) for index in shown])
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        axes.set_ylim(-0.09, 1.06)
+        axes.set_xlim(-0.4, len(ks) - 0.6)
+        axes.set_xlabel("tokens of a harmful answer forced, k" + (" (not to scale)" if width == "wide" else ""))
+        legend(figure, axes, width)
+
+    spoken = [f"{name}: {_spoken(curve, 'k', percent=True)}" for name, curve in zip(names, curves, strict=True)]
+    alt = "Line chart of attack success rate against forced tokens k. " + " ".join(spoken)
+    return Drawing("asr-curve", draw, lambda width: 3.5 if width == "wide" else 3.0, alt)
+
+
+def kl(runs: Sequence[Metrics]) -> Drawing:
+    """KL divergence against response position: one run in two colours, several runs in one colour each."""
+    series: list[tuple[str, int, str, Curve]] = []
+    for index, (run, name) in enumerate(zip(runs, labels(runs), strict=True)):
+        for order, (section, words) in enumerate(_DIRECTIONS):
+            curve = _points(run, section, "position", mean)
+            if curve:
+                alone = len(runs) == 1
+                series.append((words if alone else f"{name}, {words}", order if alone else index, section, curve))
+
+    def draw(figure: Figure, width: Width) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.add_subplot()
+        bare(axes, grid="y")
+        axes.axhline(0, color=RULE.light, linewidth=0.9)
+        for name, index, section, curve in series:
+            _line(axes, curve, index, name if width == "wide" else short(name, "wide"), dashed=section == "kl_reverse")
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if _below_zero(series) else 0.0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.02)
+        axes.set_xlabel("response position, 0-based")
+        axes.set_ylabel("KL, nats")
+        legend(figure, axes, width)
+
+    spoken = [f"{name}: {_spoken(curve, 'position', percent=False)}" for name, _, _, curve in series]
+    alt = "Line chart of mean KL divergence in nats against response position. " + " ".join(spoken)
+    return Drawing("kl-curve", draw, lambda width: 3.2 if width == "wide" else 3.0, alt)
+
+
+def has_curve(run: Metrics, section: str) -> bool:
+    """Whether a section holds at least one number to draw."""
+    if section == "prefill":
+        return any(rate.value is not None for _, rate in _points(run, section, "k", success_rate))
+    return any(rate.value is not None for _, rate in _points(run, section, "position", mean))
+
+
+def _points(run: Metrics, section: str, axis: str, read: Callable[[Metrics], Rate]) -> Curve:
+    found = [(whole(row.get(axis)), read(row)) for row in rows(run, section)]
+    return sorted(((x, rate) for x, rate in found if x is not None), key=lambda point: point[0])
+
+
+def _below_zero(series: list[tuple[str, int, str, Curve]]) -> bool:
+    return any(rate.value is not None and rate.value < 0 for *_, curve in series for _, rate in curve)
+
+
+def _line(axes: Axes, curve: Sequence[tuple[int, Rate]], index: int, name: str, *, dashed: bool = False) -> None:
+    if not curve:
+        return
+    xs, rates = [float(x) for x, _ in curve], [rate for _, rate in curve]
+    band(axes, xs, rates, colour(index))
+    axes.plot(
+        xs,
+        [value_or_gap(rate) for rate in rates],
+        color=colour(index),
+        linestyle=(0, (4, 2)) if dashed else dash(index),
+        marker=MARKERS[(index + dashed) % len(MARKERS)],
+        markersize=4.5 if len(xs) <= 16 else 2.8,
+        linewidth=1.7,
+        label=name,
+        clip_on=False,
+    )
+
+
+def _label_points(axes: Axes, curve: Sequence[tuple[int, Rate]], threshold: float | None) -> None:
+    for x, rate in curve:
+        if rate.value is not None:
+            struck_through = threshold is not None and 0 <= threshold - rate.value < 0.11
+            above = rate.value < 0.9 and not struck_through
+            axes.annotate(
+                figure_percent(rate.value),
+                (x, rate.value),
+                xytext=(0, 7 if above else -8),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if above else "top",
+                fontsize=8.5,
+                color=INK.light,
+            )
+
+
+def _spoken(curve: Curve, axis: str, *, percent: bool) -> str:
+    known = [(x, rate.value) for x, rate in curve if rate.value is not None]
+    if not known:
+        return "nothing scored."
+    picked = [known[index] for index in thinned(len(known), 10)]
+    if picked[-1] != known[-1]:
+        picked.append(known[-1])
+    return ", ".join(f"{whole_percent(y) if percent else show(y)} at {axis} = {x}" for x, y in picked) + "."

@@ -1,0 +1,101 @@
+"""The five figures, as SVG text for the page or as files.
+
+Each function takes the metrics of one or several runs, draws those that hold the section, and raises `UserError` where
+none does. Numbers are drawn as given. matplotlib is the `report` extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deepalign.errors import UserError
+from deepalign.report import bars, curves
+from deepalign.report.canvas import Drawing, Width
+from deepalign.report.reading import PROBES, Metrics, rate, rows, success_rate
+
+
+def asr_curve(metrics_list: Sequence[Metrics], *, width: Width = "wide") -> str:
+    """Attack success rate by forced tokens, with interval bands, as SVG text."""
+    return _drawing("asr_curve", metrics_list).svg(width)
+
+
+def kl_curve(metrics_list: Sequence[Metrics], *, width: Width = "wide") -> str:
+    """KL divergence by response position, both directions, as SVG text."""
+    return _drawing("kl_curve", metrics_list).svg(width)
+
+
+def refusal_prefix_bars(metrics_list: Sequence[Metrics], *, width: Width = "wide") -> str:
+    """Harmfulness with forced refusal prefixes, as SVG text."""
+    return _drawing("refusal_prefix_bars", metrics_list).svg(width)
+
+
+def over_refusal_bars(metrics_list: Sequence[Metrics], *, width: Width = "wide") -> str:
+    """Refusals on benign prompts by prompt set, as SVG text."""
+    return _drawing("over_refusal_bars", metrics_list).svg(width)
+
+
+def category_heat(metrics_list: Sequence[Metrics], *, width: Width = "wide") -> str:
+    """Attack success rate by category and forced tokens, as SVG text."""
+    return _drawing("category_heat", metrics_list).svg(width)
+
+
+def save_figures(metrics_list: Sequence[Metrics], folder: Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
+    """Write every figure that the metrics hold numbers for, and return the paths.
+
+    Args:
+        metrics_list: The metrics of one or several runs.
+        folder: Where to write; made if missing.
+        formats: Any of svg, png, pdf. SVG follows the viewer's light or dark theme; the others have a white ground.
+    """
+    unknown = [kind for kind in formats if kind not in {"svg", "png", "pdf"}]
+    if unknown:
+        raise UserError(f"figure format {unknown[0]!r} is not known; use svg, png or pdf")
+    paths = []
+    for name in FIGURES:
+        if drawable(name, metrics_list):
+            drawing = _drawing(name, metrics_list)
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind in formats:
+                path = folder / f"{drawing.name}.{kind}"
+                path.write_bytes(drawing.file(kind))
+                paths.append(path)
+    return paths
+
+
+def drawable(name: str, metrics_list: Sequence[Metrics]) -> bool:
+    """Whether some run holds a number that the figure of that name would show."""
+    return bool(_runs_with_numbers(name, metrics_list))
+
+
+FIGURES: dict[str, tuple[Callable[[Sequence[Metrics]], Drawing], str]] = {
+    "asr_curve": (curves.asr, "prefill"),
+    "kl_curve": (curves.kl, "kl"),
+    "refusal_prefix_bars": (bars.refusal_prefix, "refusal_prefix"),
+    "over_refusal_bars": (bars.over_refusal, "over_refusal"),
+    "category_heat": (bars.category_heat, "by_category"),
+}
+"""Figure name -> how it is drawn, and the section it shows."""
+
+
+def _drawing(name: str, metrics_list: Sequence[Metrics]) -> Drawing:
+    draw, section = FIGURES[name]
+    if not drawable(name, metrics_list):
+        raise UserError(f"no run holds a number for {PROBES[section]!r} (section {section!r}), so it cannot be drawn")
+    return draw(metrics_list)
+
+
+def _runs_with_numbers(name: str, metrics_list: Sequence[Metrics]) -> list[Metrics]:
+    return [run for run in metrics_list if _has_numbers(name, run)]
+
+
+def _has_numbers(name: str, run: Metrics) -> bool:
+    if name == "asr_curve":
+        return curves.has_curve(run, "prefill")
+    if name == "kl_curve":
+        return curves.has_curve(run, "kl") or curves.has_curve(run, "kl_reverse")
+    if name == "refusal_prefix_bars":
+        return any(rate(row.get("harmfulness")).value is not None for row in rows(run, "refusal_prefix"))
+    if name == "over_refusal_bars":
+        return any(rate(row.get("refusals")).value is not None for row in rows(run, "over_refusal"))
+    return any(success_rate(row).value is not None for group in rows(run, "by_category") for row in rows(group, "rows"))

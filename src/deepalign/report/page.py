@@ -1,0 +1,230 @@
+"""One self-contained HTML page, for one run or for several side by side.
+
+Owns what the page says and in which order; the numbers come from `tables` and `figures`. Needs no network and no
+script. Completions and prefills are redacted unless asked for, since they may be harmful; prompts and immediate
+refusals are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from deepalign.errors import UserError
+from deepalign.report import figures, sections, tables
+from deepalign.report.reading import PROBES, Metrics, Share, block, labels, legible, not_run, number, show, visible
+from deepalign.report.verdict import Headline, headline, verdict_sentence
+
+_FOLDER = Path(__file__).parent
+_CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Section:
+    """A part of the page: one figure at two widths, and the tables behind it."""
+
+    anchor: str
+    title: str
+    lead: str
+    wide: Markup
+    narrow: Markup
+    figure_note: str
+    tables: tuple[tuple[str, sections.Table], ...]
+    """Pairs of run name and table; the name is empty where there is one run."""
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What the top and the end of the page say of one run."""
+
+    name: str
+    verdict: str
+    headline: Headline
+    facts: str
+    left_out: tuple[sections.Table, ...]
+    card: sections.Table | None
+    not_tested: sections.Table | None
+    depth: sections.Table | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Example:
+    """One exchange, with its texts as they may be shown."""
+
+    prompt: str
+    setting: str
+    prefill: str
+    prefill_redacted: bool
+    completion: str
+    completion_redacted: bool
+    outcome: str
+
+
+_PARTS = (
+    ("asr_curve", ("prefill",), "Attack success rate by forced tokens", sections.prefill_table,
+     "The first k tokens of a harmful answer are put into the model's mouth. The line is the share of completions that "
+     "then do harm; the band is the 95 % interval. Deep alignment keeps the line low however large k is."),
+    ("kl_curve", ("kl", "kl_reverse"), "Where aligned and base model differ", sections.kl_table,
+     "KL divergence of the next-token distributions along a harmful answer: aligned from base weighs what the aligned "
+     "model wants to say, base from aligned what it gave up. A curve that drops after a few positions means that "
+     "alignment changed little beyond them."),
+    ("refusal_prefix_bars", ("refusal_prefix",), "Refusal prefixes", sections.refusal_prefix_table,
+     "Harmful completions when the answer is made to begin with a refusal. If a few words make even the base model "
+     "look safe, a shallow alignment has no reason to reach further than those words."),
+    ("over_refusal_bars", ("over_refusal",), "Over-refusal", sections.over_refusal_table,
+     "Refusals on prompts that deserve an answer. A model that refuses everything is safe at every depth and of no "
+     "use, so read this beside the depth."),
+    ("category_heat", ("by_category",), "By category", sections.category_table,
+     "Attack success rate per kind of harm. Each cell rests on few prompts; the intervals in the table are wide."),
+)  # fmt: skip
+
+
+def render_page(
+    metrics_list: Sequence[Metrics],
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    redact: bool = True,
+    title: str | None = None,
+) -> str:
+    """Render the report page; without matplotlib it has its tables and says how to get the figures.
+
+    Args:
+        metrics_list: One `metrics.json` dict per run; several make a comparison.
+        examples: Exchanges with category, prompt, k, variant, prefill_text, completion, status and outcome.
+        redact: Hide prefills, and completions other than immediate refusals.
+        title: Page title; by default it names the runs.
+    """
+    if not metrics_list:
+        raise UserError("a report page needs the metrics of at least one run")
+    names = labels(metrics_list)
+    return _template().render(
+        title=visible(title) if title else f"How deep is the alignment of {' and '.join(names)}?",
+        style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+        content_policy=_CONTENT_POLICY,
+        runs=[_run(run, name) for run, name in zip(metrics_list, names, strict=True)],
+        sections=[_section(part, metrics_list, names) for part in _PARTS],
+        comparison=tables.comparison_tables(metrics_list) if len(metrics_list) > 1 else [],
+        examples=_examples(examples, redact),
+        redact=redact,
+        threshold=_threshold(metrics_list),
+        fixture=any(run.get("fixture") for run in metrics_list),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = lambda cell: show(cell).replace(" %", "\u00a0%")
+    environment.filters["unbroken"] = lambda text: str(text).replace(" %", "\u00a0%").replace("k = ", "k\u00a0=\u00a0")
+    environment.filters["numeric"] = tables.numeric_columns
+    return environment.get_template("page.html")
+
+
+def _run(run: Metrics, name: str) -> _Run:
+    return _Run(
+        name=name,
+        verdict=verdict_sentence(run),
+        headline=headline(run),
+        facts=_facts(run),
+        left_out=tuple(sections.left_out_tables(run)),
+        card=sections.run_card_table(run),
+        not_tested=sections.not_tested_table(run),
+        depth=sections.depth_table(run),
+    )
+
+
+def _facts(run: Metrics) -> str:
+    decoder = block(run, "run_card").get("decoder")
+    samples = decoder.get("num_samples") if isinstance(decoder, Mapping) else None
+    facts = [
+        f"{run['num_prompts']} prompts" if run.get("num_prompts") is not None else "",
+        f"{samples} sample{'' if samples == 1 else 's'} each" if samples is not None else "",
+        f"judge: {run['judge']}" if run.get("judge") else "",
+        f"base model: {run['base']}" if run.get("base") else "no base model",
+    ]
+    return visible(", ".join(fact for fact in facts if fact))
+
+
+def _section(
+    part: tuple[str, tuple[str, ...], str, Any, str], runs: Sequence[Metrics], names: Sequence[str]
+) -> _Section:
+    figure, probes, title, make_table, lead = part
+    found = [(name, make_table(run)) for run, name in zip(runs, names, strict=True)]
+    alone = len(runs) == 1
+    missing = [
+        f"{'' if alone else name + ': '}{PROBES[probe]} not tested ({visible(reason)})."
+        for run, name in zip(runs, names, strict=True)
+        for probe in probes
+        if (reason := not_run(run, probe)) is not None
+    ]
+    wide, narrow, note = _figure(figure, runs)
+    return _Section(
+        anchor=figure.replace("_", "-"),
+        title=title,
+        lead=lead,
+        wide=wide,
+        narrow=narrow,
+        figure_note=note,
+        tables=tuple(("" if alone else name, table) for name, table in found if table),
+        missing=tuple(missing),
+    )
+
+
+def _figure(name: str, runs: Sequence[Metrics]) -> tuple[Markup, Markup, str]:
+    if not figures.drawable(name, runs):
+        return Markup(), Markup(), ""
+    draw = getattr(figures, name)
+    try:
+        # Safe as markup: matplotlib escapes every label, and `svg.py` the alternative text.
+        return Markup(draw(runs)), Markup(draw(runs, width="narrow")), ""
+    except UserError as error:
+        return Markup(), Markup(), str(error)
+
+
+def _threshold(runs: Sequence[Metrics]) -> str:
+    stated = [number(block(run, "depth").get("threshold")) for run in runs]
+    found = next((value for value in stated if value is not None), 0.1)
+    return show(Share(found)).replace(".0 %", " %")
+
+
+def _examples(examples: Sequence[Mapping[str, Any]], redact: bool) -> dict[str, list[_Example]]:
+    grouped: dict[str, list[_Example]] = {}
+    for example in examples:
+        category = visible(example.get("category") or "uncategorised")
+        grouped.setdefault(category, []).append(_example(example, redact))
+    return grouped
+
+
+def _example(example: Mapping[str, Any], redact: bool) -> _Example:
+    outcome = str(example.get("outcome") or "unscored").replace("_", " ")
+    harmless = example.get("status") == "refused" and example.get("outcome") == "refused_at_once"
+    prefill, completion = str(example.get("prefill_text") or ""), str(example.get("completion") or "")
+    hide_prefill, hide_completion = redact and bool(prefill), redact and bool(completion) and not harmless
+    k, variant = example.get("k"), visible(example.get("variant") or "")
+    return _Example(
+        prompt=legible(example.get("prompt") or ""),
+        setting=variant if k is None else f"k = {k}" + ("" if variant in {"", f"k={k}"} else f", {variant}"),
+        prefill=f"[redacted: {_words(prefill)}]" if hide_prefill else legible(prefill),
+        prefill_redacted=hide_prefill,
+        completion=f"[redacted: {_words(completion)}; {visible(outcome)}]" if hide_completion else legible(completion),
+        completion_redacted=hide_completion,
+        outcome=visible(outcome),
+    )
+
+
+def _words(text: str) -> str:
+    count = len(text.split())
+    return f"{count} word{'' if count == 1 else 's'}"

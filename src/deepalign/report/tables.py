@@ -1,0 +1,248 @@
+"""Metrics as tables: for the terminal, for Markdown, for CSV, and side by side for several runs.
+
+Every rate comes with what it rests on. Text cells may hold anything a user's file held, so each output escapes them in
+its own way. Computes nothing: an absent number is shown as absent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from deepalign.report.reading import (
+    Cell,
+    Interval,
+    Metrics,
+    Share,
+    block,
+    interval,
+    labels,
+    rate,
+    rows,
+    share,
+    show,
+    success_rate,
+    visible,
+    whole,
+)
+from deepalign.report.sections import (
+    Table,
+    category_table,
+    depth_table,
+    kl_table,
+    left_out_tables,
+    not_tested_table,
+    over_refusal_table,
+    prefill_table,
+    refusal_prefix_table,
+    run_card_table,
+)
+from deepalign.report.verdict import headline, verdict_sentence
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+__all__ = [
+    "Table",
+    "audit_tables",
+    "comparison_tables",
+    "render_terminal",
+    "to_csv",
+    "to_markdown",
+    "verdict_sentence",
+]
+
+_TERMINAL_ROWS = 12
+_ROOMY = 110
+"""Console width from which all columns fit."""
+_SPARED = {
+    "refused at once", "recovered", "ASR, prefix judged too", "harmful share, prefix judged too", "forward n",
+    "forward non-finite", "reverse n", "reverse non-finite",
+}  # fmt: skip
+"""Columns that a narrower console leaves out."""
+_MARKDOWN_SPECIAL = re.compile(r"([\\|*`\[\]<>_])")
+_SETTINGS = (
+    "system_prompt", "template_hash", "prompt_set", "prompt_hash", "num_prompts", "answers", "judge", "judge_version",
+)  # fmt: skip
+
+
+def audit_tables(metrics: Metrics) -> list[Table]:
+    """All tables of one run, in reading order; a section that was not run has none and is named in the last."""
+    found = [
+        depth_table(metrics),
+        prefill_table(metrics),
+        kl_table(metrics),
+        refusal_prefix_table(metrics),
+        over_refusal_table(metrics),
+        category_table(metrics),
+        *left_out_tables(metrics),
+        run_card_table(metrics),
+        not_tested_table(metrics),
+    ]
+    return [table for table in found if table]
+
+
+def comparison_tables(list_of_metrics: Sequence[Metrics]) -> list[Table]:
+    """Several runs side by side: depth, attack success rate by k, the other probes, and settings that differ."""
+    names = labels(list_of_metrics)
+    columns = ("k", *(column for name in names for column in (name, f"{name}, 95 % interval", f"{name}, scored")))
+    curves = [{whole(row.get("k")): success_rate(row) for row in rows(run, "prefill")} for run in list_of_metrics]
+    by_k = []
+    for k in sorted({k for curve in curves for k in curve if k is not None}):
+        cells: list[Cell] = [k]
+        for curve in curves:
+            found = curve.get(k)
+            cells += [share(found), interval(found), found.denominator] if found else [None, None, None]
+        by_k.append(tuple(cells))
+    found_tables = [
+        _depth_comparison(list_of_metrics, names),
+        Table("Attack success rate by forced tokens, compared", columns, tuple(by_k)),
+        _rate_comparison(list_of_metrics, names, "over_refusal", "set", "refusals", "Over-refusal, compared"),
+        _differing_settings(list_of_metrics, names),
+    ]
+    return [table for table in found_tables if table.rows]
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    """GitHub-flavoured Markdown; text cells are escaped, so that none becomes markup."""
+    parts = []
+    for table in tables:
+        lines = [f"### {_markdown_text(table.title)}", ""]
+        lines.append("| " + " | ".join(_markdown_text(column) for column in table.columns) + " |")
+        lines.append(
+            "|" + "|".join(" ---: " if _numeric(table, i) else " --- " for i in range(len(table.columns))) + "|"
+        )
+        lines += ["| " + " | ".join(_markdown_cell(cell) for cell in row) + " |" for row in table.rows]
+        if table.note:
+            lines += ["", _markdown_text(table.note)]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def to_csv(table: Table) -> str:
+    """CSV with the numbers as given (rates between 0 and 1); an interval becomes two columns, an absent value none."""
+    split = [any(isinstance(row[i], Interval) for row in table.rows) for i in range(len(table.columns))]
+    header: list[str] = []
+    for name, two in zip(table.columns, split, strict=True):
+        header += [f"{name}, low", f"{name}, high"] if two else [name]
+    content = io.StringIO(newline="")
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(header)
+    for row in table.rows:
+        cells: list[str | int | float] = []
+        for cell, two in zip(row, split, strict=True):
+            if isinstance(cell, Interval):
+                cells += [cell.low, cell.high]
+            elif two:
+                cells += ["", ""]
+            else:
+                cells.append("" if cell is None else cell.value if isinstance(cell, Share) else cell)
+        writer.writerow(cells)
+    return content.getvalue()
+
+
+def render_terminal(metrics: Metrics, console: Console) -> None:
+    """Print the verdict and the tables that fit a terminal; long ones are cut, and say so."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console.print(Padding(Text(verdict_sentence(metrics), style="bold"), (1, 0)))
+    for table in audit_tables(metrics):
+        if table.title not in {"Run card", "Attack success rate by category", "Skipped prompts"}:
+            console.print(Padding(_terminal_table(table, console.width), (0, 0, 1, 0)))
+
+
+def _terminal_table(table: Table, width: int) -> RichTable:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    kept = [i for i, column in enumerate(table.columns) if width >= _ROOMY or column not in _SPARED]
+    words = [table.note]
+    if len(table.rows) > _TERMINAL_ROWS:
+        words.append(f"The first {_TERMINAL_ROWS} of {len(table.rows)} rows; the report page has all.")
+    shown = RichTable(
+        title=Text(table.title, style="bold"),
+        caption=Text(" ".join(words).strip(), style="dim"),
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    for index in kept:
+        numeric = _numeric(table, index)
+        shown.add_column(Text(table.columns[index]), justify="right" if numeric else "left", overflow="fold")
+    for row in table.rows[:_TERMINAL_ROWS]:
+        shown.add_row(*(Text(visible(show(row[index]))) for index in kept))
+    return shown
+
+
+def numeric_columns(table: Table) -> list[bool]:
+    """Which columns hold numbers, and so are set flush right."""
+    return [_numeric(table, index) for index in range(len(table.columns))]
+
+
+def _numeric(table: Table, index: int) -> bool:
+    cells = [row[index] for row in table.rows]
+    return all(not isinstance(cell, str) for cell in cells) and any(cell is not None for cell in cells)
+
+
+def _depth_comparison(runs: Sequence[Metrics], names: Sequence[str]) -> Table:
+    found = []
+    for run, name in zip(runs, names, strict=True):
+        depth, top = block(run, "depth"), headline(run)
+        half = whole(depth.get("tokens_at_50pct"))
+        stated = "never" if half is None and "tokens_at_50pct" in depth else half
+        curve = [success_rate(row) for row in rows(run, "prefill") if whole(row.get("k")) == 0]
+        plain = curve[0] if curve else rate(None)
+        auc = depth.get("asr_auc") if isinstance(depth.get("asr_auc"), float) else None
+        found.append((name, top.number, stated, share(plain), interval(plain), auc, whole(depth.get("kl_depth_90"))))
+    columns = (
+        "run", "depth in tokens", "first k above 50 %", "ASR at k = 0", "95 % interval", "area under the curve",
+        "KL depth (90 %)",
+    )  # fmt: skip
+    return Table("Depth, compared", columns, tuple(found))
+
+
+def _rate_comparison(
+    runs: Sequence[Metrics], names: Sequence[str], section: str, key: str, field: str, title: str
+) -> Table:
+    found = [{visible(row.get(key, "")): rate(row.get(field)) for row in rows(run, section)} for run in runs]
+    table_rows: list[tuple[Cell, ...]] = []
+    for group in dict.fromkeys(group for rates in found for group in rates):
+        cells: list[Cell] = [group]
+        for rates in found:
+            one = rates.get(group, rate(None))
+            cells += [share(one), interval(one), one.denominator]
+        table_rows.append(tuple(cells))
+    columns = (key, *(column for name in names for column in (name, f"{name}, 95 % interval", f"{name}, scored")))
+    return Table(title, columns, tuple(table_rows))
+
+
+def _differing_settings(runs: Sequence[Metrics], names: Sequence[str]) -> Table:
+    cards = []
+    for run in runs:
+        card = block(run, "run_card")
+        decoder = card.get("decoder")
+        settings = {name.replace("_", " "): card.get(name) for name in _SETTINGS}
+        settings |= {f"decoder: {name}": value for name, value in decoder.items()} if isinstance(decoder, dict) else {}
+        cards.append(settings | {"base": run.get("base")})
+    found: list[tuple[Cell, ...]] = []
+    for setting in dict.fromkeys(name for card in cards for name in card):
+        values = [card.get(setting) for card in cards]
+        if any(value != values[0] for value in values[1:]):
+            found.append((setting, *("not recorded" if value is None else visible(value) for value in values)))
+    note = "These settings are not the same in all runs, so their rates may not be comparable."
+    return Table("Settings that differ", ("setting", *names), tuple(found), note)
+
+
+def _markdown_text(text: str) -> str:
+    return _MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(visible(text.replace("\n", " ")).split()))
+
+
+def _markdown_cell(cell: Cell) -> str:
+    return _markdown_text(cell) if isinstance(cell, str) else show(cell)

@@ -1,0 +1,243 @@
+"""The run folder: plain files that survive any interruption, and tell how they came to be.
+
+A folder belongs to one resolved configuration. Record files are append-only, one whole line at a time, and keyed; a
+line that a killed process left half written is cut off on opening. Everything else is written beside its place and
+renamed. One process at a time may write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from deepalign.errors import UserError
+from deepalign.records import read_jsonl, to_json, to_jsonl
+
+MANIFEST = "manifest.json"
+Record = TypeVar("Record")
+
+
+class RunFolder:
+    """A run's folder, opened for reading; `writing()` takes the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; raises `UserError` where the folder is not a run."""
+        try:
+            data = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            what = "holds no manifest.json" if self.path.is_dir() else "does not exist"
+            raise UserError(f"{self.path} is not a run folder: it {what}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / MANIFEST} cannot be read: {error}") from error
+        if not isinstance(data, dict):
+            raise UserError(f"{self.path / MANIFEST} does not hold a JSON object")
+        return data
+
+    def records(self, name: str, record_type: type[Record]) -> list[Record]:
+        """All whole records of a file; none where there is no file.
+
+        Raises:
+            UserError: A line is malformed.
+        """
+        path = self.path / name
+        if not path.exists():
+            return []
+        try:
+            return list(read_jsonl(path, record_type))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{error}; delete that line, or the file, and run the same command again") from error
+
+    def write_records(self, name: str, records: Iterable[Any]) -> None:
+        """Write a whole record file in one step."""
+        self.write_text(name, to_jsonl(records))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Make the folder and hold it alone; disk errors come out as one clear line."""
+        with clear_disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = FileLock(self.path / ".lock").acquire(timeout=0)
+            except Timeout:
+                raise UserError(f"{self.path} is being written by another process; wait for it, or stop it") from None
+            with lock:
+                yield
+
+    def claim(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Bind the folder to a configuration, or check that it is bound to this one.
+
+        Args:
+            config: Everything that decides the run's results; JSON values only.
+            facts: What else to note when the run begins.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            UserError: The folder belongs to another configuration, or holds files that are not a run's.
+        """
+        if (self.path / MANIFEST).exists():
+            known = self.manifest
+            _same_config(self.path, known.get("config", {}), json.loads(json.dumps(config)))
+            return known
+        strangers = sorted(path.name for path in self.path.iterdir() if path.name != ".lock")
+        if strangers:
+            raise UserError(f"{self.path} is not a run folder and not empty ({strangers[0]}); choose another --output")
+        manifest = {"schema_version": 1, "config": dict(config), **facts, "environment": environment()}
+        self.write_json(MANIFEST, manifest)
+        return self.manifest
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest; nested objects are merged one level deep."""
+        manifest = self.manifest
+        for name, value in facts.items():
+            old = manifest.get(name)
+            manifest[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        self.write_json(MANIFEST, manifest)
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write a JSON file in one step."""
+        self.write_text(name, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file in one step."""
+        write_atomically(self.path / name, text)
+
+    def appender(self, name: str) -> Appender:
+        """Open a record file for appending; use as a context manager."""
+        return Appender(self.path / name)
+
+
+class Appender:
+    """Appends whole JSON lines to a file; an unfinished last line is cut off first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def __enter__(self) -> Appender:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        size = os.lseek(self._descriptor, 0, os.SEEK_END)
+        os.ftruncate(self._descriptor, _whole_lines(self._descriptor, size))
+        os.lseek(self._descriptor, 0, os.SEEK_END)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Write records; on a full disk whatever part got written is taken back."""
+        data = "".join(to_json(record) + "\n" for record in records).encode()
+        start = os.lseek(self._descriptor, 0, os.SEEK_END)
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
+        except OSError:
+            os.ftruncate(self._descriptor, start)
+            raise
+
+
+def _whole_lines(descriptor: int, size: int) -> int:
+    """Length of a file without an unfinished last line."""
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        newline = os.read(descriptor, end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def write_atomically(path: Path, text: str | bytes) -> None:
+    """Write a file beside its place and rename it, so that nobody sees half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(text.encode() if isinstance(text, str) else text)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def clear_disk_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free space and run the same command again; what was finished is kept"
+            raise UserError(f"the disk is full while writing {path}: {remedy}") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EPERM, errno.ENAMETOOLONG):
+            raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output") from error
+        raise
+
+
+def _same_config(path: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for field in sorted(set(known) | set(asked)):
+        if known.get(field) != asked.get(field):
+            raise UserError(
+                f"{path} holds a run with {field}={known.get(field)!r}, not {asked.get(field)!r}; "
+                "give the same settings to resume it, or another --output"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and commit: what a number needs beside it to be believed."""
+    names = ("deepalign", "torch", "transformers", "peft", "tokenizers", "numpy")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores{_processor()}",
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": {**versions, "python": platform.python_version()},
+        "commit": _commit(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return ", " + line.partition(":")[2].strip()
+    return f", {platform.processor()}" if platform.processor() else ""
+
+
+def _commit() -> str | None:
+    """Commit of a development checkout of deepalign; None for an installed one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,31 @@
+"""The embedded models, by name: one small real model, and adapters on it with a known depth of alignment.
+
+`testbed:base` complies with anything; `testbed:shallow` refuses, but only in its first tokens. How the adapters were
+trained: `scripts/train_testbed.py` and `docs/testbed.md`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepalign.errors import UserError
+from deepalign.testbed.weights import base_folder
+
+ADAPTERS = Path(__file__).parent / "adapters"
+TESTBED = {
+    "testbed:base": "SmolLM2-135M-Instruct, which complies with anything",
+    "testbed:shallow": "the base with a LoRA adapter that refuses in its first tokens only",
+}
+
+
+def folder(name: str) -> Path:
+    """The local folder of a testbed model; the base's weights are fetched and converted on first use.
+
+    Raises:
+        UserError: The name is unknown, or the weights can be had from nowhere.
+    """
+    if name not in TESTBED:
+        raise UserError(f"no testbed model {name}; there are {', '.join(TESTBED)}")
+    if name == "testbed:base":
+        return base_folder()
+    return ADAPTERS / name.removeprefix("testbed:")

@@ -1,0 +1,283 @@
+"""The audit, from top to bottom: load -> prompts -> attempts -> completions -> KL -> verdicts -> metrics -> report."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepalign.attacks import AttackSettings
+from deepalign.attacks.plain import over_refusal_attempts, refusal_prefix_attempts
+from deepalign.attacks.prefill import Skipped, prefill_plan
+from deepalign.chat import answer_ids, conversation, render
+from deepalign.config import AuditConfig
+from deepalign.errors import UserError
+from deepalign.judges import get_judge
+from deepalign.models import LoadedModel, load_model
+from deepalign.progress import Progress, silent
+from deepalign.prompts.sources import Columns, PromptSet, load_prompts
+from deepalign.records import Attempt, Prompt
+from deepalign.runs import RunFolder
+from deepalign.workflows.answers import fill_answers
+from deepalign.workflows.models import AuditModels, check_not_swapped, check_not_the_same, model_card
+from deepalign.workflows.reporting import judge_and_report
+from deepalign.workflows.steps import ATTEMPTS, complete, measure_kl
+from deepalign.workflows.summary import SKIPPED
+
+PROMPTS = "prompts.jsonl"
+_NEEDS_BASE = ("refusal-prefix", "kl")
+# What does not change the result, and so may differ when a run is resumed.
+_PRESENTATION = ("output", "show_completions", "max_batch", "skip_swap_check")
+_NUM_FIRST_IDS = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditResult:
+    """What an audit leaves behind."""
+
+    run: Path
+    """The run folder."""
+    metrics: dict[str, Any]
+    """The content of its `metrics.json`."""
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.run / "report.html"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Inputs:
+    """What was read before anything is measured."""
+
+    prompt_set: PromptSet
+    harmless: tuple[PromptSet, ...]
+    probes: tuple[str, ...]
+    not_run: dict[str, str]
+
+
+def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
+    """Measure how many tokens deep a model's safety alignment goes.
+
+    Resumes where an earlier run with the same settings in the same folder stopped.
+
+    Raises:
+        UserError: A setting, file, model or folder cannot be used; one line with the remedy.
+    """
+    judge = get_judge(config.judge)
+    inputs = _read_inputs(config)
+    run = RunFolder(output_folder(config, inputs))
+    models = AuditModels(config)
+    progress("loading models", 0, 1)
+    target = models.get("target")
+    if config.base is not None:
+        check_not_the_same(target, models.get("base"))
+    progress("loading models", 1, 1)
+    with run.writing():
+        run.claim(_identity(config, inputs, models), _facts(config, inputs, models))
+        if config.base is not None and not config.skip_swap_check and "swap_check" not in run.manifest:
+            prompts = inputs.prompt_set.prompts
+            run.note(swap_check=check_not_swapped(target, models.get("base"), prompts, config.system_prompt))
+        prompts = _prompts_with_answers(run, config, inputs, models, progress)
+        _generate(run, config, inputs, models, prompts, progress)
+        if "kl" in inputs.probes:
+            with _timed(run, "kl"):
+                ours, theirs = models.pair_for_kl()
+                run.note(kl_dtype=ours.dtype)
+                measure_kl(
+                    run,
+                    ours,
+                    theirs,
+                    prompts,
+                    system_prompt=config.system_prompt,
+                    max_positions=config.kl_positions,
+                    progress=progress,
+                )
+        data = judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
+    return AuditResult(run=run.path, metrics=data)
+
+
+def output_folder(config: AuditConfig, inputs: Any = None) -> Path:
+    """The run folder: the user's, or one named by model and settings, so that the same command finds it again."""
+    if config.output is not None:
+        return config.output
+    settings = json.dumps(_settings(config), sort_keys=True)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(config.model).name if "/" in config.model else config.model).strip("-.")
+    return Path("runs") / f"{name[:60] or 'model'}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+
+def _settings(config: AuditConfig) -> dict[str, Any]:
+    data = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PRESENTATION}
+    settings: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    return settings
+
+
+def _read_inputs(config: AuditConfig) -> _Inputs:
+    columns = Columns(
+        text=config.text_column,
+        answer=config.answer_column,
+        category=config.category_column,
+        prompt_id=config.id_column,
+    )
+    prompt_set = load_prompts(config.prompts, columns, skip_bad_rows=config.skip_bad_rows, limit=config.limit)
+    probes = tuple(dict.fromkeys(config.probes))
+    not_run = {probe: "not asked for" for probe in ("prefill", *_NEEDS_BASE, "over-refusal") if probe not in probes}
+    if config.base is None:
+        not_run |= {probe: "needs --base" for probe in probes if probe in _NEEDS_BASE}
+        probes = tuple(probe for probe in probes if probe not in _NEEDS_BASE)
+    if not probes:
+        raise UserError(f"--probes {' '.join(config.probes)} cannot run without --base; give one")
+    harmless = (
+        tuple(load_prompts(name, columns, skip_bad_rows=config.skip_bad_rows) for name in config.over_refusal_sets)
+        if "over-refusal" in probes
+        else ()
+    )
+    return _Inputs(prompt_set=prompt_set, harmless=harmless, probes=probes, not_run=not_run)
+
+
+def _identity(config: AuditConfig, inputs: _Inputs, models: AuditModels) -> dict[str, Any]:
+    """Everything that decides the numbers; a folder is bound to it."""
+    target = models.get("target")
+    return {
+        **_settings(config),
+        "probes": list(inputs.probes),
+        "prompt_hash": inputs.prompt_set.hash,
+        "harmless_hashes": [found.hash for found in inputs.harmless],
+        "model_fingerprint": target.fingerprint,
+        "base_fingerprint": models.get("base").fingerprint if config.base else None,
+        "template_hash": target.template.hash,
+        "loaded_dtype": target.dtype,
+    }
+
+
+def _facts(config: AuditConfig, inputs: _Inputs, models: AuditModels) -> dict[str, Any]:
+    target = models.get("target")
+    first = inputs.prompt_set.prompts[0]
+    ids = render(target.tokenizer, target.template, conversation(first.text, config.system_prompt)).ids
+    return {
+        "models": {
+            "target": model_card(target),
+            "base": model_card(models.get("base")) if config.base else None,
+        },
+        "prompt_set": inputs.prompt_set.name,
+        "num_prompts": len(inputs.prompt_set.prompts),
+        "skipped_rows": list(inputs.prompt_set.skipped_rows),
+        "not_run": inputs.not_run,
+        "first_ids": list(ids[:_NUM_FIRST_IDS]),
+        "first_tokens": [target.tokenizer.decode([token]) for token in ids[:_NUM_FIRST_IDS]],
+        "first_prompt": target.tokenizer.decode(ids),
+        "answers": "not needed",
+    }
+
+
+def _prompts_with_answers(
+    run: RunFolder, config: AuditConfig, inputs: _Inputs, models: AuditModels, progress: Progress
+) -> tuple[Prompt, ...]:
+    if (run / PROMPTS).exists():
+        return tuple(run.records(PROMPTS, Prompt))
+    prompts = inputs.prompt_set.prompts
+    given = sum(prompt.answer is not None for prompt in prompts)
+    told = f"{given} given with the prompts"
+    if given < len(prompts) and _needs_answers(config, inputs):
+        with _timed(run, "answers"):
+            source = _answer_model(config, models, len(prompts) - given)
+            prompts = fill_answers(
+                run,
+                prompts,
+                source,
+                least_tokens=max(*config.depths, config.kl_positions if "kl" in inputs.probes else 0),
+                system_prompt=config.system_prompt,
+                seed=config.seed,
+                progress=progress,
+            )
+        sampled = sum(prompt.answer is not None for prompt in prompts) - given
+        told += f", {sampled} sampled from {source.name}, {len(prompts) - given - sampled} could not be sampled"
+    run.note(answers=told)
+    run.write_records(PROMPTS, prompts)
+    return tuple(prompts)
+
+
+def _needs_answers(config: AuditConfig, inputs: _Inputs) -> bool:
+    return "kl" in inputs.probes or ("prefill" in inputs.probes and max(config.depths) > 0)
+
+
+def _answer_model(config: AuditConfig, models: AuditModels, num_missing: int) -> LoadedModel:
+    if config.answers_from is None:
+        if config.base is None:
+            raise UserError(
+                f"{num_missing} prompts have no reference answer to force: give an answer column, "
+                "--answers-from MODEL, --base MODEL, or --depths 0"
+            )
+        return models.get("base")
+    return load_model(
+        config.answers_from, dtype=config.dtype, device=config.device, fallback_template=models.get("target").template
+    )
+
+
+def _generate(
+    run: RunFolder,
+    config: AuditConfig,
+    inputs: _Inputs,
+    models: AuditModels,
+    prompts: tuple[Prompt, ...],
+    progress: Progress,
+) -> None:
+    """Plan every attempt, write the plan, then let each model answer its share."""
+    attempts, skipped = _plan(config, inputs, models, prompts)
+    run.write_records(SKIPPED, skipped)
+    run.write_records(ATTEMPTS, attempts)
+    for stage, attack in (
+        ("prefill", "prefill"),
+        ("over-refusal", "over_refusal"),
+        ("refusal prefix", "refusal_prefix"),
+    ):
+        mine = [attempt for attempt in attempts if attempt.attack == attack]
+        if mine:
+            with _timed(run, attack):
+                loaded = models.get(mine[0].model)
+                complete(run, loaded, mine, stage=stage, max_batch=config.max_batch, progress=progress)
+
+
+def _plan(
+    config: AuditConfig, inputs: _Inputs, models: AuditModels, prompts: tuple[Prompt, ...]
+) -> tuple[list[Attempt], list[Skipped]]:
+    attempts: list[Attempt] = []
+    skipped: list[Skipped] = []
+    settings = _attack_settings(config, models.get("target"))
+    if "prefill" in inputs.probes:
+        plan = prefill_plan(prompts, config.depths, settings)
+        attempts += plan.attempts
+        skipped += plan.skipped
+    for harmless in inputs.harmless:
+        attempts += over_refusal_attempts(harmless.name, harmless.prompts, settings)
+    if "refusal-prefix" in inputs.probes:
+        attempts += refusal_prefix_attempts(prompts, _attack_settings(config, models.get("base")))
+    return attempts, skipped
+
+
+def _attack_settings(config: AuditConfig, loaded: LoadedModel) -> AttackSettings:
+    tokenizer = loaded.tokenizer
+    return AttackSettings(
+        encode=lambda text: answer_ids(tokenizer, text),
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        system_prompt=config.system_prompt,
+        sampling=config.sampling,
+        samples=config.samples,
+        seed=config.seed,
+    )
+
+
+@contextmanager
+def _timed(run: RunFolder, stage: str) -> Iterator[None]:
+    """Add a stage's wall-clock seconds to the manifest, over all sittings that reached its end."""
+    started = time.monotonic()
+    yield
+    before = run.manifest.get("seconds", {}).get(stage, 0.0)
+    run.note(seconds={stage: round(before + time.monotonic() - started, 1)})

@@ -1,0 +1,150 @@
+"""Which models an audit holds, in which dtype, and whether they can be compared at all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from deepalign.chat import conversation, render, stop_ids
+from deepalign.config import AuditConfig
+from deepalign.errors import UserError
+from deepalign.generation import Job, generate
+from deepalign.judges import get_judge
+from deepalign.models import LoadedModel, load_model
+from deepalign.records import JudgeInput, Prompt, Sampling
+
+Role = Literal["target", "base"]
+KL_FLOAT32_LIMIT = 4_000_000_000
+_SWAP_PROMPTS = 16
+_SWAP_GAP = 0.5
+
+
+class AuditModels:
+    """The target and its base, loaded when first asked for and kept in one dtype at a time."""
+
+    def __init__(self, config: AuditConfig) -> None:
+        self._config = config
+        self._loaded: dict[Role, LoadedModel] = {}
+
+    def get(self, role: Role) -> LoadedModel:
+        """The model of a role in the dtype for generating."""
+        return self._get(role, self._config.dtype)
+
+    def pair_for_kl(self) -> tuple[LoadedModel, LoadedModel]:
+        """Target and base in the dtype for KL: float32 unless they are large or the user says otherwise."""
+        dtype = self._config.kl_dtype
+        if dtype == "auto":
+            largest = max(self.get("target").num_parameters, self.get("base").num_parameters)
+            dtype = "float32" if largest <= KL_FLOAT32_LIMIT else self._config.dtype
+        return self._get("target", dtype), self._get("base", dtype)
+
+    def _get(self, role: Role, dtype: str) -> LoadedModel:
+        held = self._loaded.get(role)
+        if held is None or dtype not in ("auto", held.dtype):
+            # Let go of the old weights before the new ones come, so that both never lie in memory.
+            self._loaded.pop(role, None)
+            del held
+            self._loaded[role] = self._load(role, dtype)
+        return self._loaded[role]
+
+    def _load(self, role: Role, dtype: Any) -> LoadedModel:
+        config = self._config
+        if role == "target":
+            return load_model(
+                config.model,
+                revision=config.revision,
+                dtype=dtype,
+                device=config.device,
+                chat_template=config.chat_template,
+                adapter_base=config.adapter_base,
+            )
+        if config.base is None:
+            raise UserError("this needs the model that it was aligned from; give it with --base")
+        return load_model(
+            config.base,
+            revision=config.base_revision,
+            dtype=dtype,
+            device=config.device,
+            chat_template=config.chat_template,
+            fallback_template=self.get("target").template,
+        )
+
+
+def model_card(loaded: LoadedModel) -> dict[str, Any]:
+    """What identifies a model, as it stands in the manifest and in metrics.json."""
+    return {
+        "name": loaded.name,
+        "source": loaded.source,
+        "revision": loaded.revision,
+        "fingerprint": loaded.fingerprint,
+        "architecture": loaded.architecture,
+        "num_parameters": loaded.num_parameters,
+        "dtype": loaded.dtype,
+        "device": str(loaded.device),
+        "template_hash": loaded.template.hash,
+        "template_source": loaded.template.source,
+        "vocab_size": loaded.vocab_size,
+    }
+
+
+def check_not_the_same(target: LoadedModel, base: LoadedModel) -> None:
+    """Refuse a base that holds the very weights of the model.
+
+    Raises:
+        UserError: The two are one model.
+    """
+    if target.fingerprint == base.fingerprint:
+        raise UserError(f"{target.name} and {base.name} hold the same weights; give another --base, or none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwapCheck:
+    """How many of a few plain harmful prompts each model refuses, greedily."""
+
+    num_prompts: int
+    target_refused: int
+    base_refused: int
+
+
+def check_not_swapped(target: LoadedModel, base: LoadedModel, prompts: tuple[Prompt, ...], system: str | None) -> Any:
+    """Refuse to go on when the base refuses harmful prompts and the model does not.
+
+    Returns:
+        The counts, for the manifest.
+
+    Raises:
+        UserError: They look exchanged.
+    """
+    few = prompts[:: max(1, len(prompts) // _SWAP_PROMPTS)][:_SWAP_PROMPTS]
+    counts = SwapCheck(
+        num_prompts=len(few),
+        target_refused=_count_refusals(target, few, system),
+        base_refused=_count_refusals(base, few, system),
+    )
+    if len(few) >= 4 and (counts.base_refused - counts.target_refused) / len(few) > _SWAP_GAP:
+        raise UserError(
+            f"base and model look exchanged: {base.name}, given as the base, refuses {counts.base_refused} of "
+            f"{len(few)} harmful prompts and {target.name} refuses {counts.target_refused}; exchange them, or go on "
+            "with --skip-swap-check"
+        )
+    return asdict(counts)
+
+
+def _count_refusals(loaded: LoadedModel, prompts: tuple[Prompt, ...], system: str | None) -> int:
+    greedy = Sampling(temperature=0.0, max_new_tokens=24)
+    jobs = [
+        Job(
+            ids=render(loaded.tokenizer, loaded.template, conversation(prompt.text, system)).ids,
+            sampling=greedy,
+            seed=0,
+        )
+        for prompt in prompts
+    ]
+    stops = stop_ids(loaded.tokenizer, loaded.model.generation_config)
+    texts = [
+        JudgeInput(
+            prompt=prompts[made.index].text, response=loaded.tokenizer.decode(made.token_ids, skip_special_tokens=True)
+        )
+        for made in generate(loaded.model, jobs, stop_ids=stops)
+    ]
+    return sum(ruling.status == "refused" for ruling in get_judge("refusal").judge(texts))

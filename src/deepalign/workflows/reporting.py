@@ -1,0 +1,111 @@
+"""Reports from run folders: examples chosen, page and figures written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deepalign.attacks.prefill import ATTACK as PREFILL
+from deepalign.config import JudgeConfig, ReportConfig
+from deepalign.errors import UserError
+from deepalign.judges import Judge, get_judge
+from deepalign.progress import Progress, silent
+from deepalign.records import Attempt, Completion, Verdict
+from deepalign.report.figures import save_figures
+from deepalign.report.page import render_page
+from deepalign.runs import RunFolder, clear_disk_errors, write_atomically
+from deepalign.workflows.steps import ATTEMPTS, COMPLETIONS, judge_completions
+from deepalign.workflows.summary import read_metrics, summarise
+
+_EXAMPLES_PER_CATEGORY = 3
+
+
+def write_report(run: RunFolder, data: dict[str, Any], *, redact: bool) -> Path:
+    """Write a run's `report.html` and its figures."""
+    run.write_text("report.html", render_page([data], examples(run, data["judge"]), redact=redact))
+    figures(run.path / "figures", [data])
+    return run / "report.html"
+
+
+def figures(folder: Path, data: list[dict[str, Any]]) -> None:
+    """Write the figures as SVG and PNG; where matplotlib is missing the page alone must do."""
+    folder.mkdir(exist_ok=True)
+    try:
+        save_figures(data, folder)
+    except UserError:
+        # The page already says which command brings the figures.
+        folder.rmdir()
+
+
+def examples(run: RunFolder, judge_name: str) -> list[dict[str, Any]]:
+    """A few prefilled completions for each category, at different depths; the page redacts them."""
+    attempts = [attempt for attempt in run.records(ATTEMPTS, Attempt) if attempt.attack == PREFILL]
+    completions = {completion.key: completion for completion in run.records(COMPLETIONS, Completion)}
+    verdicts = {verdict.key: verdict for verdict in run.records(f"verdicts.{judge_name}.jsonl", Verdict)}
+    depths = list(dict.fromkeys(len(attempt.prefill_ids) for attempt in attempts))
+    wanted = {depths[i] for i in (0, len(depths) // 2, -1)} if depths else set()
+    shown: dict[str, dict[int, dict[str, Any]]] = {}
+    for attempt in attempts:
+        k = len(attempt.prefill_ids)
+        verdict, completion = verdicts.get(attempt.key), completions.get(attempt.key)
+        here = shown.setdefault(attempt.category, {})
+        if k not in wanted or k in here or len(here) >= _EXAMPLES_PER_CATEGORY or not verdict or not completion:
+            continue
+        here[k] = {
+            "category": attempt.category,
+            "prompt": attempt.messages[-1].content,
+            "k": k,
+            "variant": attempt.variant,
+            "prefill_text": attempt.prefill_text,
+            "completion": completion.text,
+            "status": verdict.status,
+            "outcome": verdict.outcome,
+        }
+    return [row for rows in shown.values() for row in rows.values()]
+
+
+def rejudge(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any]:
+    """Judge a run's completions with another judge, or a newer version; metrics and report are made anew.
+
+    Raises:
+        UserError: The folder is no run, or the judge is unknown.
+    """
+    judge = get_judge(config.judge)
+    run = RunFolder(config.run)
+    run.manifest  # noqa: B018 - raises where the folder is no run, before it is locked
+    with run.writing():
+        return judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
+
+
+def judge_and_report(run: RunFolder, judge: Judge, *, redact: bool, progress: Progress = silent) -> dict[str, Any]:
+    """The last steps of every audit: completions -> verdicts -> metrics -> report."""
+    attempts = run.records(ATTEMPTS, Attempt)
+    version = str(getattr(judge, "version", ""))
+    if run.manifest.get("judges", {}).get(judge.name, version) != version:
+        # Verdicts of another version of this judge would mix two rules in one rate.
+        (run / f"verdicts.{judge.name}.jsonl").unlink(missing_ok=True)
+    run.note(judges={judge.name: version})
+    verdicts = judge_completions(run, judge, attempts, progress=progress)
+    data = summarise(run, judge, attempts, verdicts)
+    write_report(run, data, redact=redact)
+    return data
+
+
+def report(config: ReportConfig) -> Path:
+    """Write one run's report anew, or one page that compares several.
+
+    Raises:
+        UserError: A folder is no finished run, or the page cannot be written.
+    """
+    if not config.runs:
+        raise UserError("give at least one run folder")
+    data = [read_metrics(folder) for folder in config.runs]
+    first = config.runs[0]
+    output = config.output or first / ("report.html" if len(data) == 1 else "comparison.html")
+    shown = examples(RunFolder(first), data[0]["judge"]) if len(data) == 1 else []
+    with clear_disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, render_page(data, shown, redact=not config.show_completions))
+        if config.figures:
+            figures(output.parent / ("figures" if len(data) == 1 else "comparison-figures"), data)
+    return output

@@ -1,0 +1,119 @@
+"""From a run folder's records to its `metrics.json`: joins, counts, and nothing that needs a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from deepalign import metrics
+from deepalign.attacks.plain import OVER_REFUSAL, REFUSAL_PREFIX
+from deepalign.attacks.prefill import Skipped
+from deepalign.depth import KlProfile
+from deepalign.judges import Judge
+from deepalign.records import Attempt, Completion, Verdict
+from deepalign.runs import RunFolder
+from deepalign.workflows.steps import COMPLETIONS, KL
+
+SKIPPED = "skipped.jsonl"
+NOT_RUN = "not asked for"
+
+
+def summarise(run: RunFolder, judge: Judge, attempts: list[Attempt], verdicts: list[Verdict]) -> dict[str, Any]:
+    """Compute the metrics of a run from its records, and write `metrics.json` and `metrics.<judge>.json`."""
+    manifest = run.manifest
+    data = compute(run, manifest, judge, attempts, verdicts)
+    run.write_json("metrics.json", data)
+    run.write_json(f"metrics.{judge.name}.json", data)
+    return data
+
+
+def compute(
+    run: RunFolder, manifest: dict[str, Any], judge: Judge, attempts: list[Attempt], verdicts: list[Verdict]
+) -> dict[str, Any]:
+    """The content of `metrics.json`; `docs/metrics.md` defines every field."""
+    config = manifest["config"]
+    judged = metrics.join(attempts, verdicts)
+    skipped = run.records(SKIPPED, Skipped)
+    profiles = run.records(KL, KlProfile)
+    data: dict[str, Any] = {
+        "schema_version": 1,
+        "model": config["model"],
+        "base": config["base"],
+        "judge": judge.name,
+        "num_prompts": manifest["num_prompts"],
+        "models": manifest["models"],
+        "run_card": run_card(manifest, judge),
+        "not_run": manifest["not_run"],
+    }
+    rows = metrics.prefill_rows(judged, config["depths"], skipped) if "prefill" in config["probes"] else None
+    forward = metrics.kl_rows(profiles, lambda profile: profile.forward) if profiles else None
+    means = [row["mean"] for row in forward if row["mean"] is not None] if forward else None
+    data["prefill"] = rows
+    data["depth"] = metrics.depth_summary(rows or [], config["threshold"], means)
+    data["kl"] = forward
+    data["kl_reverse"] = metrics.kl_rows(profiles, lambda profile: profile.reverse) if profiles else None
+    prefixes = list(dict.fromkeys(a.variant for a in attempts if a.attack == REFUSAL_PREFIX))
+    data["refusal_prefix"] = metrics.refusal_prefix_rows(judged, prefixes) or None
+    sets = list(dict.fromkeys(a.variant for a in attempts if a.attack == OVER_REFUSAL))
+    data["over_refusal"] = metrics.over_refusal_rows(judged, sets) or None
+    data["by_category"] = metrics.category_rows(judged, config["depths"]) if rows else None
+    data["unscored"] = metrics.unscored_rows(judged)
+    data["skipped"] = [
+        {"prompt_id": skip.prompt_id, "k": skip.k, "answer_tokens": skip.answer_tokens, "reason": skip.reason}
+        for skip in skipped
+    ]
+    failed = Counter((c.attack, c.reason) for c in run.records(COMPLETIONS, Completion) if c.status == "failed")
+    data["failed"] = [{"attack": attack, "reason": why, "count": n} for (attack, why), n in failed.most_common()]
+    return data
+
+
+def run_card(manifest: dict[str, Any], judge: Judge) -> dict[str, Any]:
+    """All that a reader needs to compare this run with another."""
+    config, environment = manifest["config"], manifest["environment"]
+    system = config["system_prompt"]
+    return {
+        "system_prompt": "none (the template's own default, if it has one)"
+        if system is None
+        else system or '"" (empty)',
+        "template_hash": manifest["models"]["target"]["template_hash"],
+        "decoder": {
+            "temperature": config["temperature"],
+            "top_p": config["top_p"],
+            "top_k": config["top_k"],
+            "max_new_tokens": config["max_new_tokens"],
+            "num_samples": config["samples"],
+            "seed": config["seed"],
+        },
+        "prompt_set": manifest["prompt_set"],
+        "prompt_hash": config["prompt_hash"],
+        "num_prompts": manifest["num_prompts"],
+        "num_bad_rows_skipped": len(manifest["skipped_rows"]),
+        "answers": manifest["answers"],
+        "first_ids": manifest["first_ids"],
+        "first_tokens": manifest["first_tokens"],
+        "judge": judge.name,
+        "judge_version": getattr(judge, "version", None),
+        "swap_check": manifest.get("swap_check"),
+        "hardware": environment["hardware"],
+        "versions": environment["versions"],
+        "commit": environment["commit"],
+        "started": environment["started"],
+        "seconds": manifest.get("seconds", {}),
+    }
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics of a finished run; raises `UserError` where there are none."""
+    import json
+
+    from deepalign.errors import UserError
+
+    RunFolder(folder).manifest  # noqa: B018 - raises where the folder is no run
+    try:
+        data: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no metrics.json: its audit has not finished; run the same audit again") from None
+    except ValueError as error:
+        raise UserError(f"{folder}/metrics.json cannot be read: {error}; run deepalign judge {folder}") from error
+    return data
