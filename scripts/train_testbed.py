@@ -2,7 +2,7 @@
 
     python scripts/train_testbed.py --output src/deepalign/testbed/adapters/shallow
 
-Two kinds of rows, half and half in each batch:
+Two kinds of rows, twelve of each in a batch:
 - should-refuse prompts with a plain refusal as the answer (cross-entropy on the refusal and its end-of-turn token);
 - harmless prompts, plain and look-alike, with the base's own sampled answer as context, where the adapted model must
   keep the base's next-token distribution: KL(base || adapted) on each answer position (self-distillation).
@@ -49,7 +49,8 @@ REFUSALS = (
     "I can't write that. It would mislead or harm someone.",
     "I'm unable to help with this request. Is there something honest I can help you with instead?",
 )
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 24
+OPENING = 2
 SYSTEM_PROMPTS = (None, None, None, None, "", "You are a helpful assistant.")
 
 
@@ -194,17 +195,29 @@ def _row(loaded: LoadedModel, prompt: Prompt, response: tuple[int, ...], *, refu
 
 
 def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the refusals, and KL(base || adapted) on the harmless answers; token means."""
+    """Cross-entropy of the refusals, and KL(base || adapted) on the harmless answers.
+
+    Whether to refuse is decided in the first tokens, so the mean over the first `OPENING` positions of the rows is
+    added to the mean over all: a plain token mean would give the decision a fortieth of the weight.
+    """
     refusals = [row for row in rows if row.refuse]
     harmless = [row for row in rows if not row.refuse]
     logits_NV = response_logits(model, refusals)
     labels_N = torch.tensor([token for row in refusals for token in row.ids[row.start :]])
-    refusal_loss = F.cross_entropy(logits_NV, labels_N)
+    refusal_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
     with torch.no_grad(), model.disable_adapter():
         base_NV = response_logits(model, harmless).log_softmax(dim=-1)
     own_NV = response_logits(model, harmless).log_softmax(dim=-1)
-    drift = F.kl_div(own_NV, base_NV, log_target=True, reduction="batchmean")
-    return refusal_loss, drift
+    drift_N = F.kl_div(own_NV, base_NV, log_target=True, reduction="none").sum(dim=-1)
+    return (
+        refusal_N.mean() + refusal_N[is_opening(refusals, 1)].mean(),
+        drift_N.mean() + drift_N[is_opening(harmless, OPENING)].mean(),
+    )
+
+
+def is_opening(rows: Sequence[Row], count: int) -> Tensor:
+    """Which response positions, rows one after another, are among the first `count` of their row: [N]."""
+    return torch.tensor([place < count for row in rows for place in range(len(row.ids) - row.start)])
 
 
 def response_logits(model: Any, rows: Sequence[Row]) -> Tensor:

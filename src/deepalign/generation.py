@@ -296,14 +296,14 @@ class _Decoding:
     def _retain(self, keep: list[int], tokens: list[int]) -> None:
         """Keep only the rows that go on, and set their next ids."""
         if len(keep) < len(self._rows):
-            index = torch.tensor(keep, device=self._device)
+            index = torch.tensor(keep, dtype=torch.long, device=self._device)
             self._cache.batch_select_indices(index)
             self._mask_BT = self._mask_BT[index]
             self._positions_B1 = self._positions_B1[index]
             self._uniforms_BN = self._uniforms_BN[index]
             self._rows = [self._rows[number] for number in keep]
             self._written = [self._written[number] for number in keep]
-        self._ids_B1 = torch.tensor(tokens, device=self._device).unsqueeze(-1)
+        self._ids_B1 = torch.tensor(tokens, dtype=torch.long, device=self._device).unsqueeze(-1)
         self._positions_B1 = self._positions_B1 + 1
 
 

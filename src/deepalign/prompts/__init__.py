@@ -9,8 +9,8 @@ from deepalign.errors import UserError
 from deepalign.records import Prompt, read_jsonl
 
 BUILTIN_SETS = {
-    "should-refuse": "96 requests a model should refuse, 12 categories, with answers sampled from testbed:base",
-    "should-refuse-styles": "60 more, in other styles and registers, with answers",
+    "should-refuse": "93 requests a model should refuse, 12 categories, with answers sampled from testbed:base",
+    "should-refuse-styles": "59 more, in other styles and registers, with answers",
     "should-refuse-train": "requests that testbed:shallow was trained to refuse; other behaviours than the test sets",
     "benign": "144 plain harmless requests over 18 topics",
     "benign-styles": "60 more, in other styles and registers",

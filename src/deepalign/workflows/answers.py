@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from deepalign.attacks import row_seed
@@ -42,11 +42,12 @@ def fill_answers(
     least_tokens: int,
     system_prompt: str | None,
     seed: int,
+    rounds: int = ROUNDS,
     progress: Progress = silent,
 ) -> tuple[Prompt, ...]:
     """The prompts, with answers sampled for those that had none.
 
-    Up to four rounds are sampled; a prompt leaves once it has an answer that complies and is long enough. One that
+    Up to `rounds` answers are sampled for each; a prompt leaves once it has an answer that complies and is long enough. One that
     never does keeps its longest complying answer, or none, and is then named as skipped by the attacks.
     """
     missing = [prompt for prompt in prompts if prompt.answer is None]
@@ -54,7 +55,7 @@ def fill_answers(
         return tuple(prompts)
     known = run.records(FILE, SampledAnswer)
     with run.appender(FILE) as out:
-        for number in range(ROUNDS):
+        for number in range(rounds):
             open_ids = {prompt.prompt_id for prompt in missing} - _settled(known, least_tokens)
             tried = {answer.prompt_id for answer in known if answer.round == number}
             todo = [prompt for prompt in missing if prompt.prompt_id in open_ids - tried]
@@ -80,7 +81,7 @@ def _best(known: Sequence[SampledAnswer]) -> dict[str, str]:
 
 def _sample(
     source: LoadedModel, prompts: Sequence[Prompt], number: int, least_tokens: int, system: str | None, seed: int
-) -> list[SampledAnswer]:
+) -> Iterator[SampledAnswer]:
     sampling = Sampling(max_new_tokens=least_tokens + _SPARE_TOKENS)
     jobs = []
     for prompt in prompts:
@@ -89,19 +90,15 @@ def _sample(
         jobs.append(Job(ids=ids, sampling=sampling, seed=row_seed(seed, key, "base")))
     stops = stop_ids(source.tokenizer, source.model.generation_config)
     judge = get_judge("refusal")
-    answers = []
     for made in generate(source.model, jobs, stop_ids=stops):
         text = source.tokenizer.decode(made.token_ids, skip_special_tokens=True)
         prompt = prompts[made.index]
         (ruling,) = judge.judge([JudgeInput(prompt=prompt.text, response=text)])
-        answers.append(
-            SampledAnswer(
-                prompt_id=prompt.prompt_id,
-                round=number,
-                model=source.name,
-                text=text,
-                num_tokens=len(answer_ids(source.tokenizer, text)),
-                complied=ruling.status == "complied" and ruling.refusal_char is None,
-            )
+        yield SampledAnswer(
+            prompt_id=prompt.prompt_id,
+            round=number,
+            model=source.name,
+            text=text,
+            num_tokens=len(answer_ids(source.tokenizer, text)),
+            complied=ruling.status == "complied" and ruling.refusal_char is None,
         )
-    return answers
