@@ -2,7 +2,7 @@
 
     python scripts/train_testbed.py --output src/deepalign/testbed/adapters/shallow
 
-Two kinds of rows, twelve of each in a batch:
+Two kinds of rows, about half of each in a batch:
 - should-refuse prompts with a plain refusal as the answer (cross-entropy on the refusal and its end-of-turn token);
 - harmless prompts, plain and look-alike, with the base's own sampled answer as context, where the adapted model must
   keep the base's next-token distribution: KL(base || adapted) on each answer position (self-distillation).
@@ -105,8 +105,8 @@ def train(options: argparse.Namespace) -> None:
     )
     rng = random.Random(options.seed)
     batches = zip(
-        endless(harmful, 8, rng),
-        endless(benign, 5, rng),
+        endless(harmful, 10, rng),
+        endless(benign, 8, rng),
         endless(look_alike, 3, rng),
         range(options.steps),
         strict=False,

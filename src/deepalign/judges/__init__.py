@@ -28,6 +28,7 @@ class Judge(Protocol):
 
 
 def _refusal() -> Judge:
+    """Rules anchored to where refusals begin; offline, the same every time, blind to how harmful an answer is."""
     from deepalign.judges.refusal import RefusalJudge
 
     return RefusalJudge()

@@ -6,18 +6,13 @@ Owns the file's grammar ({slot} substitution, accent folding, word ends). Knows 
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Scope = Literal["anywhere", "opening", "whole"]
 PHRASES_PATH = Path(__file__).with_name("refusal_phrases.toml")

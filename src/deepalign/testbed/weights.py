@@ -81,11 +81,7 @@ def is_intact(folder: Path) -> bool:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file.read())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make(root: Path, target: Path) -> None:

@@ -1,0 +1,58 @@
+"""Run the benchmarks: `python -m benchmarks [NAME ...]`, each interleaved, with the full figures under measurements/.
+
+The last lines are one for each comparison, `NAME time_ratio=... memory_ratio=...`: ours over theirs, below 1 is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from benchmarks import kl, prefill_curve  # noqa: E402 - the quiet settings must come before transformers
+from benchmarks.compare import Comparison  # noqa: E402
+from deepalign.runs import environment  # noqa: E402
+
+BENCHMARKS = {"prefill_curve": prefill_curve.compare, "kl": kl.compare}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Run what was asked for and write the figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; default all")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    parser.add_argument("--prompts", type=int, default=20, help="prompts for each run")
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(BENCHMARKS))
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
+    warnings.simplefilter("ignore")
+    done: list[Comparison] = []
+    for name in options.names or BENCHMARKS:
+        comparison = BENCHMARKS[name](repeats=options.repeats, num_prompts=options.prompts)
+        done.append(comparison)
+        write(comparison)
+    for comparison in done:
+        print(comparison.line)
+
+
+def write(comparison: Comparison) -> None:
+    """Write one comparison's figures with what they were measured on."""
+    where = environment()
+    day = datetime.date.today().isoformat()
+    cores = f"cpu{os.cpu_count()}" if comparison.device == "cpu" else comparison.device
+    path = ROOT / "measurements" / f"{comparison.name}_{cores}_{day}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**comparison.figures, "environment": where}, indent=1) + "\n", encoding="utf-8")
+    print(f"{comparison.name}: figures in {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
