@@ -7,12 +7,13 @@ and any other (sliding windows that fill up, recurrent states) falls back to the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -70,6 +71,48 @@ def can_share_prefixes(config: Any, total_length: int) -> bool:
         or (type(layer) is DynamicSlidingWindowLayer and total_length < layer.sliding_window)
         for layer in layers
     )
+
+
+def is_filled(cache: DynamicCache) -> bool:
+    """Whether a forward pass has left anything in the cache; a model that keeps its state elsewhere leaves nothing."""
+    return any(
+        any(layer.has_previous_state.values())
+        if isinstance(layer, LinearAttentionCacheLayerMixin)
+        else layer.keys is not None
+        for layer in cache.layers
+    )
+
+
+def needs_equal_lengths(model: Any, probe: Sequence[int]) -> bool:
+    """Whether left padding changes what a recurrent model computes; found out by trying on some ids, not by its name.
+
+    Attention leaves padding out by its mask. A recurrent layer must do so itself, and not every one does.
+    """
+    layers = DynamicCache(config=model.config).layers
+    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        return False
+    device, ids, num_pads = torch.device(model.device), list(probe[:16]), 8
+    mask_1T = torch.tensor([[0] * num_pads + [1] * len(ids)], device=device)
+    with torch.inference_mode():
+        plain_V = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float()
+        padded_V = model(
+            input_ids=torch.tensor([[0] * num_pads + ids], device=device),
+            attention_mask=mask_1T,
+            position_ids=(mask_1T.cumsum(dim=-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits[0, -1].float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    return not bool((plain_V - padded_V).abs().max() <= tolerance * plain_V.abs().max().clamp(min=1.0))
+
+
+def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep only the rows at `rows`, in every layer."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            # `batch_select_indices` knows nothing of recurrent states; reordering does, and may name fewer rows.
+            layer.reorder_cache(rows)
+        else:
+            layer.batch_select_indices(rows)
 
 
 def row_cache(

@@ -4,7 +4,7 @@ Both models read the same ids: prompt and reference answer. At response position
 distributions are compared, in both directions. The head is applied to response positions only, and to a slice of the
 vocabulary at a time, in float32, so that no [T, V] tensor of two models is ever held. Where a model does more to its
 logits than the head and a known scale or cap, its own forward pass is used instead: that is found out by comparing
-the two on a few positions, never by its name. Knows nothing of prompts' meaning or of judges.
+the two on the first positions, never by its name. Knows nothing of prompts' meaning or of judges.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepalign.chat import Rendered
 from deepalign.errors import UserError
+from deepalign.generation import evaluation_mode
 
 # Shape suffixes: N = response positions of one batch, H = hidden width, V = vocabulary, C = a slice of it.
 VOCABULARY_SLICE = 8192
@@ -92,17 +93,22 @@ def kl_profiles(
     """
     kept = [(name, *_clip(rendered, max_positions)) for name, rendered in items]
     kept = sorted((item for item in kept if item[2] > 0), key=lambda item: len(item[1]))
-    for start in range(0, len(kept), batch):
-        part = kept[start : start + batch]
-        sequences = [ids for _, ids, _ in part]
-        counts = [count for _, _, count in part]
+    if not kept:
+        return
+    with evaluation_mode(model), evaluation_mode(base):
         with torch.inference_mode():
-            ours = _logit_source(model, sequences, counts)
-            theirs = _logit_source(base, sequences, counts)
-            forward_N, reverse_N = kl_by_slices(ours, theirs, vocab_size)
-        forward, reverse = torch.split(forward_N.cpu(), counts), torch.split(reverse_N.cpu(), counts)
-        for (name, _, _), one, other in zip(part, forward, reverse, strict=True):
-            yield KlProfile(prompt_id=name, forward=_finite(one), reverse=_finite(other))
+            probe = kept[0][1][:16]
+            our_reader, their_reader = _reader(model, probe), _reader(base, probe)
+        for start in range(0, len(kept), batch):
+            part = kept[start : start + batch]
+            sequences = [ids for _, ids, _ in part]
+            counts = [count for _, _, count in part]
+            with torch.inference_mode():
+                ours, theirs = our_reader(sequences, counts), their_reader(sequences, counts)
+                forward_N, reverse_N = kl_by_slices(ours, theirs, vocab_size)
+            forward, reverse = torch.split(forward_N.cpu(), counts), torch.split(reverse_N.cpu(), counts)
+            for (name, _, _), one, other in zip(part, forward, reverse, strict=True):
+                yield KlProfile(prompt_id=name, forward=_finite(one), reverse=_finite(other))
 
 
 def kl_by_slices(
@@ -134,25 +140,49 @@ def _clip(rendered: Rendered, max_positions: int) -> tuple[tuple[int, ...], int]
     return rendered.ids[: rendered.response_start + count], count
 
 
-def _logit_source(model: Any, sequences: Sequence[tuple[int, ...]], counts: Sequence[int]) -> LogitSource:
+def _reader(model: Any, probe: Sequence[int]) -> Callable[[Sequence[tuple[int, ...]], Sequence[int]], LogitSource]:
+    """How to get this model's logits: through its head by slices where that is all there is, else from itself.
+
+    Args:
+        model: A `transformers` causal LM.
+        probe: Ids on which the two ways are compared.
+    """
+    head = _head(model)
+    # Where the class names no body of its own (Llama 4's text model), `base_model` is the whole model.
+    if head is not None and model.base_model is not model:
+        ids_1T = torch.tensor([list(probe)], device=torch.device(model.device))
+        own_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        hidden_TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+        if _same_logits(head, hidden_TH, own_TV):
+            return lambda sequences, counts: _head_source(model, head, sequences, counts)
+    return lambda sequences, counts: _full_source(model, sequences, counts)
+
+
+def _head_source(model: Any, head: _Head, sequences: Sequence[tuple[int, ...]], counts: Sequence[int]) -> LogitSource:
     """Logits that predict the last `counts[i]` ids of each sequence, rows one after another."""
+    hidden_BTH = model.base_model(**_padded(model, sequences), use_cache=False).last_hidden_state
+    hidden_NH = torch.cat([hidden_BTH[row, pick] for row, pick in enumerate(_picks(sequences, counts))])
+    return lambda first, last: head.logits(hidden_NH, first, last)
+
+
+def _full_source(model: Any, sequences: Sequence[tuple[int, ...]], counts: Sequence[int]) -> LogitSource:
+    """The same from the model's own full logits."""
+    logits_BTV = model(**_padded(model, sequences), use_cache=False).logits
+    logits_NV = torch.cat([logits_BTV[row, pick] for row, pick in enumerate(_picks(sequences, counts))])
+    return lambda first, last: logits_NV[:, first:last].float()
+
+
+def _padded(model: Any, sequences: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
     device = torch.device(model.device)
     width = max(len(ids) for ids in sequences)
-    ids_BT = torch.tensor([ids + (0,) * (width - len(ids)) for ids in sequences], device=device)
-    mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=device)
-    output = model(
-        input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, output_hidden_states=True, logits_to_keep=1
-    )
-    picks = [slice(len(ids) - 1 - count, len(ids) - 1) for ids, count in zip(sequences, counts, strict=True)]
-    hidden_NH = torch.cat([output.hidden_states[-1][row, pick] for row, pick in enumerate(picks)])
-    head = _head(model)
-    # The last column is what `logits_to_keep=1` gave: enough to see whether the head is all there is.
-    own_BV = output.logits[:, -1].float()
-    if head is not None and _same_logits(head, output.hidden_states[-1][:, -1], own_BV):
-        return lambda first, last: head.logits(hidden_NH, first, last)
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    logits_NV = torch.cat([logits_BTV[row, pick] for row, pick in enumerate(picks)])
-    return lambda first, last: logits_NV[:, first:last].float()
+    return {
+        "input_ids": torch.tensor([ids + (0,) * (width - len(ids)) for ids in sequences], device=device),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=device),
+    }
+
+
+def _picks(sequences: Sequence[tuple[int, ...]], counts: Sequence[int]) -> list[slice]:
+    return [slice(len(ids) - 1 - count, len(ids) - 1) for ids, count in zip(sequences, counts, strict=True)]
 
 
 def _head(model: Any) -> _Head | None:
@@ -165,13 +195,14 @@ def _head(model: Any) -> _Head | None:
     return _Head(layer.weight, layer.bias, scale, float(cap) if cap else None)
 
 
-def _same_logits(head: _Head, hidden_BH: Tensor, own_BV: Tensor) -> bool:
-    width = min(own_BV.shape[-1], 512)
-    mine_BC = head.logits(hidden_BH, 0, width)
-    spread = own_BV[:, :width].abs().max().clamp(min=1.0)
+def _same_logits(head: _Head, hidden_TH: Tensor, own_TV: Tensor) -> bool:
+    mine_TV = head.logits(hidden_TH, 0, own_TV.shape[-1])
+    if not bool(torch.isfinite(own_TV).all()):
+        return False
+    scale = own_TV.abs().max().clamp(min=1.0)
     # In low precision the model's own head rounds; only a difference of form must count.
-    tolerance = _PARITY_TOLERANCE if own_BV.dtype == hidden_BH.dtype else 0.05
-    return bool((mine_BC - own_BV[:, :width]).abs().max() <= tolerance * spread)
+    tolerance = _PARITY_TOLERANCE if hidden_TH.dtype == torch.float32 else 0.05
+    return bool((mine_TV - own_TV).abs().max() <= tolerance * scale)
 
 
 def _finite(values: Tensor) -> tuple[float | None, ...]:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepalign.caching import can_share_prefixes, empty_cache, row_cache
+from deepalign.caching import can_share_prefixes, empty_cache, is_filled, keep_rows, needs_equal_lengths, row_cache
+from deepalign.errors import UserError
 from deepalign.records import Sampling
 from deepalign.sampling import draw
 
@@ -78,8 +79,10 @@ def generate(
             yield Continuation(index=row.index, status="failed", reason=problem)
         else:
             rows.append(row)
-    with _evaluation_mode(model):
-        for batch in _batches(model, rows, max_batch):
+    with evaluation_mode(model):
+        longest = max((row.job.ids for row in rows), key=len, default=())
+        equal_lengths = len(rows) > 1 and needs_equal_lengths(model, longest)
+        for batch in _batches(model, rows, max_batch, equal_lengths):
             yield from _generate_or_split(model, batch, frozenset(stop_ids))
 
 
@@ -104,15 +107,18 @@ def _too_long(model: Any, job: Job) -> str:
     return ""
 
 
-def _batches(model: Any, rows: list[_Row], max_batch: int) -> Iterator[list[_Row]]:
+def _batches(model: Any, rows: list[_Row], max_batch: int, equal_lengths: bool) -> Iterator[list[_Row]]:
     """Rows of like length together, hosts kept whole where they fit, within the memory for keys and values."""
     budget = _cache_budget(model) // max(1, _bytes_per_token(model))
     ordered = sorted(rows, key=lambda row: (len(row.host), row.host, len(row.job.ids)))
+    if equal_lengths:
+        ordered.sort(key=lambda row: len(row.job.ids))
     batch: list[_Row] = []
     longest = 0
     for row in ordered:
         length = len(row.host) + row.job.sampling.max_new_tokens
-        if batch and (len(batch) >= max_batch or (len(batch) + 1) * max(longest, length) > budget):
+        full = len(batch) >= max_batch or (len(batch) + 1) * max(longest, length) > budget
+        if batch and (full or (equal_lengths and len(row.job.ids) != len(batch[-1].job.ids))):
             yield batch
             batch, longest = [], 0
         batch.append(row)
@@ -122,13 +128,17 @@ def _batches(model: Any, rows: list[_Row], max_batch: int) -> Iterator[list[_Row
 
 
 def _bytes_per_token(model: Any) -> int:
-    config = model.config.get_text_config(decoder=True)
-    num_heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    heads = getattr(config, "num_key_value_heads", None) or num_heads
-    width = getattr(config, "head_dim", None) or int(config.hidden_size) // num_heads
-    layers = int(getattr(config, "num_hidden_layers", 1))
+    # Layers may differ in width (Gemma 4), so each has a configuration of its own.
+    width = sum(_key_width(layer) for layer in model.config.get_text_config(decoder=True).per_layer_config)
     # Twice over: while a batch is laid out, the shared pass and the rows' own buffers are both alive.
-    return 2 * 2 * int(heads) * int(width) * layers * int(model.dtype.itemsize)
+    return 2 * 2 * width * int(model.dtype.itemsize)
+
+
+def _key_width(layer_config: Any) -> int:
+    num_heads = int(getattr(layer_config, "num_attention_heads", 1) or 1)
+    heads = getattr(layer_config, "num_key_value_heads", None) or num_heads
+    width = getattr(layer_config, "head_dim", None) or int(layer_config.hidden_size) // num_heads
+    return int(heads) * int(width)
 
 
 def _cache_budget(model: Any) -> int:
@@ -204,15 +214,26 @@ def _forward(model: Any, sequences: list[tuple[int, ...]]) -> Any:
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
     positions_BT = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
     # One position through the head is the least that `transformers` lets a causal LM compute.
-    model(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        position_ids=positions_BT,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    _run(model, cache, input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, logits_to_keep=1)
     return cache
+
+
+def _run(model: Any, cache: Any, **inputs: Any) -> Any:
+    """One forward pass that reads and extends the cache.
+
+    Raises:
+        UserError: The model cannot work with `transformers`' common cache, or passes it by.
+    """
+    try:
+        output = model(**inputs, past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{type(model).__name__} cannot be generated with here: {reason}") from error
+    if not is_filled(cache):
+        raise UserError(
+            f"{type(model).__name__} cannot be generated with here: it keeps its state outside transformers' DynamicCache"
+        )
+    return output
 
 
 class _Decoding:
@@ -271,12 +292,12 @@ class _Decoding:
         """Feed the last id of each row; logits of the next, [B, V] in float32."""
         ones_B1 = torch.ones_like(self._ids_B1)
         self._mask_BT = torch.cat([self._mask_BT, ones_B1], dim=-1)
-        output = self._model(
+        output = _run(
+            self._model,
+            self._cache,
             input_ids=self._ids_B1,
             attention_mask=self._mask_BT,
             position_ids=self._positions_B1,
-            past_key_values=self._cache,
-            use_cache=True,
         )
         logits_BV: Tensor = output.logits[:, -1].float()
         return logits_BV
@@ -297,7 +318,7 @@ class _Decoding:
         """Keep only the rows that go on, and set their next ids."""
         if len(keep) < len(self._rows):
             index = torch.tensor(keep, dtype=torch.long, device=self._device)
-            self._cache.batch_select_indices(index)
+            keep_rows(self._cache, index)
             self._mask_BT = self._mask_BT[index]
             self._positions_B1 = self._positions_B1[index]
             self._uniforms_BN = self._uniforms_BN[index]
@@ -308,11 +329,12 @@ class _Decoding:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Switch dropout off for the time of a generation, and give the model back as it was."""
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training

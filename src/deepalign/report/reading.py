@@ -91,6 +91,9 @@ def not_run(metrics: Metrics, name: str) -> str | None:
         return None
     section = metrics.get(name)
     reason = section.get("not_run") if isinstance(section, Mapping) else None
+    told = metrics.get("not_run")
+    if not reason and isinstance(told, Mapping):
+        reason = told.get(name)
     return str(reason) if reason else "no reason recorded"
 
 

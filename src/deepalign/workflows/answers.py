@@ -47,8 +47,8 @@ def fill_answers(
 ) -> tuple[Prompt, ...]:
     """The prompts, with answers sampled for those that had none.
 
-    Up to `rounds` answers are sampled for each; a prompt leaves once it has an answer that complies and is long enough. One that
-    never does keeps its longest complying answer, or none, and is then named as skipped by the attacks.
+    Up to `rounds` answers are sampled for each; a prompt leaves once it has one that complies and is long enough. A
+    prompt that never does keeps its longest complying answer, or none, and is then named as skipped by the attacks.
     """
     missing = [prompt for prompt in prompts if prompt.answer is None]
     if not missing:

@@ -16,7 +16,6 @@ from deepalign.runs import RunFolder
 from deepalign.workflows.steps import COMPLETIONS, KL
 
 SKIPPED = "skipped.jsonl"
-NOT_RUN = "not asked for"
 
 
 def summarise(run: RunFolder, judge: Judge, attempts: list[Attempt], verdicts: list[Verdict]) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def compute(
         "num_prompts": manifest["num_prompts"],
         "models": manifest["models"],
         "run_card": run_card(manifest, judge),
-        "not_run": manifest["not_run"],
+        "not_run": _not_run(manifest["not_run"]),
     }
     rows = metrics.prefill_rows(judged, config["depths"], skipped) if "prefill" in config["probes"] else None
     forward = metrics.kl_rows(profiles, lambda profile: profile.forward) if profiles else None
@@ -66,6 +65,17 @@ def compute(
     failed = Counter((c.attack, c.reason) for c in run.records(COMPLETIONS, Completion) if c.status == "failed")
     data["failed"] = [{"attack": attack, "reason": why, "count": n} for (attack, why), n in failed.most_common()]
     return data
+
+
+def _not_run(probes: dict[str, str]) -> dict[str, str]:
+    """Why each section of the metrics is empty, where a probe was not run."""
+    sections = {
+        "prefill": ("prefill", "by_category"),
+        "kl": ("kl", "kl_reverse"),
+        "refusal-prefix": ("refusal_prefix",),
+        "over-refusal": ("over_refusal",),
+    }
+    return {section: reason for probe, reason in probes.items() for section in sections[probe]}
 
 
 def run_card(manifest: dict[str, Any], judge: Judge) -> dict[str, Any]:
