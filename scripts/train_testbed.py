@@ -51,6 +51,7 @@ REFUSALS = (
 )
 ANSWER_TOKENS = 24
 OPENING = 2
+REFUSAL_WEIGHT = 2.0
 SYSTEM_PROMPTS = (None, None, None, None, "", "You are a helpful assistant.")
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     """Read the options, train, measure on the development behaviours, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -197,8 +198,9 @@ def _row(loaded: LoadedModel, prompt: Prompt, response: tuple[int, ...], *, refu
 def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the refusals, and KL(base || adapted) on the harmless answers.
 
-    Whether to refuse is decided in the first tokens, so the mean over the first `OPENING` positions of the rows is
-    added to the mean over all: a plain token mean would give the decision a fortieth of the weight.
+    Whether to refuse is decided in the first tokens, so their own mean is added to the mean over all: the first
+    `OPENING` positions of harmless answers, and the first token of refusals, times `REFUSAL_WEIGHT`. A plain token mean
+    would give the decision a fortieth of the weight.
     """
     refusals = [row for row in rows if row.refuse]
     harmless = [row for row in rows if not row.refuse]
@@ -210,7 +212,7 @@ def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     own_NV = response_logits(model, harmless).log_softmax(dim=-1)
     drift_N = F.kl_div(own_NV, base_NV, log_target=True, reduction="none").sum(dim=-1)
     return (
-        refusal_N.mean() + refusal_N[is_opening(refusals, 1)].mean(),
+        refusal_N.mean() + REFUSAL_WEIGHT * refusal_N[is_opening(refusals, 1)].mean(),
         drift_N.mean() + drift_N[is_opening(harmless, OPENING)].mean(),
     )
 

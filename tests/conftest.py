@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}"
@@ -92,5 +92,43 @@ def tiny_model_folder(
         tiny_llama(seed, **config).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
         return folder
+
+    return make
+
+
+@pytest.fixture
+def random_model() -> Callable[..., Any]:
+    """Makes a small random causal LM of any architecture: `random_model("gemma3_text", seed=0, **config)`.
+
+    97 tokens; no EOS, so that the library's own `generate` writes as many tokens as asked.
+    """
+
+    def make(model_type: str, seed: int = 0, **config: Any) -> Any:
+        settings: dict[str, Any] = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": None,
+            "pad_token_id": 2,
+            **config,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(model_type, **settings), dtype=torch.float32
+            ).eval()
+            # Some classes start at a width of their own; near-equal logits would make greedy a toss-up.
+            for name, weight in model.named_parameters():
+                if weight.dim() > 1 and weight.std() < 0.15 and "A_log" not in name:
+                    torch.nn.init.normal_(weight, std=0.3)
+        return model
 
     return make

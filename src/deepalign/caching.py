@@ -92,15 +92,13 @@ def needs_equal_lengths(model: Any, probe: Sequence[int]) -> bool:
     if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return False
     device, ids, num_pads = torch.device(model.device), list(probe[:16]), 8
+    ids_1T = torch.tensor([[0] * num_pads + ids], device=device)
     mask_1T = torch.tensor([[0] * num_pads + [1] * len(ids)], device=device)
+    positions_1T = (mask_1T.cumsum(dim=-1) - 1).clamp(min=0)
     with torch.inference_mode():
-        plain_V = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float()
-        padded_V = model(
-            input_ids=torch.tensor([[0] * num_pads + ids], device=device),
-            attention_mask=mask_1T,
-            position_ids=(mask_1T.cumsum(dim=-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).logits[0, -1].float()
+        plain = model(input_ids=ids_1T[:, num_pads:], use_cache=False)
+        padded = model(input_ids=ids_1T, attention_mask=mask_1T, position_ids=positions_1T, use_cache=False)
+    plain_V, padded_V = plain.logits[0, -1].float(), padded.logits[0, -1].float()
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
     return not bool((plain_V - padded_V).abs().max() <= tolerance * plain_V.abs().max().clamp(min=1.0))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.ext
 
 from deepalign.errors import UserError
 from deepalign.records import Message
@@ -23,6 +24,17 @@ PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Reads over `{% generation %}`, with which templates mark the assistant's tokens for `transformers`."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The block's own statements."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +82,7 @@ def resolve_template(tokenizer: Any, chosen: str | None, model_name: str) -> Cha
             remedy = "give a Jinja file, or plain"
             raise UserError(f"--chat-template {chosen}: cannot be read ({_reason(error)}); {remedy}") from error
         try:
-            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(text)
         except jinja2.TemplateSyntaxError as error:
             problem = f"line {error.lineno} is not valid Jinja ({error.message})"
             raise UserError(f"--chat-template {chosen}: {problem}") from error
@@ -99,12 +111,13 @@ def render(
         UserError: The template fails on this conversation or drops one of its messages.
     """
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    text = _render_text(tokenizer, template, turns)
+    text = _render_text(tokenizer, template, turns, open_answer=True)
     for turn in turns:
         if turn["content"].strip() and turn["content"].strip() not in text:
+            leave_out = ", or leave out --system-prompt" if turn["role"] == "system" else ""
             raise UserError(
                 f"the chat template ({template.source}) drops the {turn['role']} message; "
-                f"pass another with --chat-template, or leave out --{turn['role']}-prompt"
+                f"pass another with --chat-template{leave_out}"
             )
     ids = tokenizer.apply_chat_template(
         turns,
@@ -132,10 +145,15 @@ def turn_end_ids(tokenizer: Any, template: ChatTemplate) -> tuple[int, ...]:
     """The ids that the template writes after an assistant's text, up to and including the first stop token.
 
     Training puts the loss on them, so that a trained model learns to stop.
+
+    Raises:
+        UserError: The template fails on an answered conversation or drops the answer.
     """
     probe = "deepalign-probe"
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": probe}]
-    text = tokenizer.apply_chat_template(turns, chat_template=template.text, tokenize=False)
+    text = _render_text(tokenizer, template, turns, open_answer=False)
+    if probe not in text:
+        raise UserError(f"the chat template ({template.source}) drops the assistant message; pass another")
     tail = tokenizer(text[text.rindex(probe) + len(probe) :], add_special_tokens=False)["input_ids"]
     stops = set(stop_ids(tokenizer))
     for index, token in enumerate(tail):
@@ -158,10 +176,10 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _render_text(tokenizer: Any, template: ChatTemplate, turns: list[dict[str, str]]) -> str:
+def _render_text(tokenizer: Any, template: ChatTemplate, turns: list[dict[str, str]], *, open_answer: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            turns, chat_template=template.text, add_generation_prompt=True, tokenize=False
+            turns, chat_template=template.text, add_generation_prompt=open_answer, tokenize=False
         )
     except Exception as error:
         # Templates raise whatever they like (Gemma's refuses a system role), so any failure is the template's word.

@@ -36,8 +36,8 @@ from deepalign.prompts import BUILTIN_SETS
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 
 def _version() -> str:
@@ -51,6 +51,7 @@ app = App(
     help="Measure how many tokens deep a language model's safety alignment goes.",
     version=_version,
     default_parameter=Parameter(negative=(), consume_multiple=True),
+    suppress_keyboard_interrupt=False,  # `main` tells what is kept
 )
 
 
@@ -122,11 +123,12 @@ def _one_line(error: Exception) -> str | None:
 
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__ or cause.__context__
+        # A mistake that was handled before a bug struck is the bug's context too, and must not hide it.
+        cause = cause.__cause__ or (cause.__context__ if isinstance(cause, CycloptsError) else None)
     if cause is not None:
-        return str(cause)
+        return " ".join(str(cause).splitlines())
     if isinstance(error, CycloptsError):
-        return " ".join(str(error).split()) + "; see deepalign --help"
+        return " ".join(str(error).split()).rstrip(".") + "; see deepalign --help"
     return None
 
 
@@ -159,6 +161,10 @@ def _working() -> Iterator[Any]:
 
         try:
             yield tell
+        except BaseException:
+            # Half-drawn bars would stand above the one line that matters.
+            bars.live.transient = True
+            raise
         finally:
             logger.removeHandler(handler)
 

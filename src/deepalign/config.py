@@ -6,6 +6,7 @@ objects drive the library: `deepalign.audit(AuditConfig(model="..."))`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -153,8 +154,8 @@ class AuditConfig:
         _at_least("seed", self.seed, 0)
         if self.limit is not None:
             _at_least("limit", self.limit, 1)
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature} is negative; 0 is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature} is no number from 0 up; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p} is outside (0, 1]")
         if not 0 < self.threshold < 1:
@@ -192,7 +193,7 @@ class ReportConfig:
     output: Path | None = None
     """HTML file; default report.html in the run folder, or comparison.html in the first."""
 
-    figures: bool = True
+    figures: Annotated[bool, Parameter(negative="--no-figures")] = True
     """Also write the figures as SVG and PNG files, in a folder beside the page."""
 
     show_completions: bool = False

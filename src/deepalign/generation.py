@@ -230,9 +230,8 @@ def _run(model: Any, cache: Any, **inputs: Any) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{type(model).__name__} cannot be generated with here: {reason}") from error
     if not is_filled(cache):
-        raise UserError(
-            f"{type(model).__name__} cannot be generated with here: it keeps its state outside transformers' DynamicCache"
-        )
+        reason = "it keeps its state outside transformers' DynamicCache"
+        raise UserError(f"{type(model).__name__} cannot be generated with here: {reason}")
     return output
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from deepalign import testbed
@@ -206,16 +207,41 @@ def _load_adapter(name: str, folder: Path, dtype: torch.dtype, adapter_base: str
     base_name = adapter_base or settings.get("base_model_name_or_path")
     if not base_name:
         raise UserError(f"{name} does not say which model it was trained on; pass it with --adapter-base")
-    base = _load_parts(base_name, settings.get("revision"), dtype, None)
+    if Path(base_name).expanduser().resolve() == folder.resolve():
+        raise UserError(f"{name} names itself as the model it was trained on; pass that model with --adapter-base")
+    try:
+        base = _load_parts(base_name, settings.get("revision"), dtype, None)
+    except UserError as error:
+        raise UserError(f"the base of the adapter {name}: {error}; or pass another with --adapter-base") from error
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = _tokenizer(name, folder) if has_tokenizer else base.tokenizer
     if len(tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
-        base.model.resize_token_embeddings(len(tokenizer))
+        # The new rows are drawn at random; the seed makes an adapter that brings none of its own load the same twice.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            base.model.resize_token_embeddings(len(tokenizer))
     try:
-        merged = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError) as error:
+        adapted = PeftModel.from_pretrained(base.model, str(folder))
+        _require_mergeable(adapted, folder / "adapter_model.safetensors")
+        merged = adapted.merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(f"{name} does not fit its base {base_name}: {_reason(error)}; check --adapter-base") from error
     return _Parts(model=merged, tokenizer=tokenizer, source="adapter")
+
+
+def _require_mergeable(adapted: Any, file: Path) -> None:
+    """Refuse virtual tokens, and an adapter made for another model; PEFT would go on with what happens to fit."""
+    from peft import get_peft_model_state_dict
+
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ValueError("it adds virtual tokens to the input, which cannot be merged into weights")
+    with safe_open(file, framework="pt") as weights:
+        saved = set(weights.keys())
+    needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    # An adapter may also carry whole weights of its base, such as the embeddings of tokens that it added.
+    odd = sorted((needed - saved) | (saved - needed - set(adapted.state_dict())))
+    if odd:
+        raise ValueError(f"{len(odd)} weights are on one side only, such as {odd[0]}")
 
 
 def _load_gguf(name: str, folder: Path, filename: str, dtype: torch.dtype) -> _Parts:
@@ -225,7 +251,7 @@ def _load_gguf(name: str, folder: Path, filename: str, dtype: torch.dtype) -> _P
             folder, gguf_file=filename, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
     except ImportError as error:
-        raise UserError(f"{name} is a GGUF file: install its reader with pip install 'deepalign[gguf]'") from error
+        raise UserError(f"{name} is a GGUF file: install its reader with pip install gguf") from error
     except Exception as error:
         raise UserError(f"{name} cannot be read as GGUF: {_reason(error)}") from error
     return _Parts(model=model, tokenizer=tokenizer, source="gguf")
@@ -250,16 +276,29 @@ def _load_hub(name: str, revision: str | None, dtype: torch.dtype, adapter_base:
 
 def _weights(name: str, folder: Path, dtype: torch.dtype) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
+        # Left unset, `trust_remote_code` means to ask on the terminal.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError, SafetensorError and more on a broken folder.
         raise UserError(f"{name} cannot be loaded as a causal LM: {_reason(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would go on with random numbers in their place.
+        raise UserError(f"{name} is not whole: {len(missing)} weights are missing, such as {missing[0]}; save it again")
+    return model
 
 
 def _tokenizer(name: str, folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{name} has no usable tokenizer: {_reason(error)}") from error
 

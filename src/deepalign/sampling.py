@@ -33,9 +33,10 @@ def draw(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms_B: Tensor) -
 
 def _draw_alike(logits_BV: Tensor, setting: Sampling, uniforms_B: Tensor) -> Tensor:
     num_kept = min(setting.top_k, logits_BV.shape[-1]) if setting.top_k > 0 else logits_BV.shape[-1]
-    top_BK, ids_BK = torch.topk(logits_BV / setting.temperature, num_kept, dim=-1)
-    # In double precision, so that a uniform number close to 1 still falls inside the last survivor.
-    probs_BK = torch.softmax(top_BK.double(), dim=-1)
+    top_BK, ids_BK = torch.topk(logits_BV, num_kept, dim=-1)
+    # In double precision, so that a uniform number close to 1 still falls inside the last survivor; measured from the
+    # highest, so that no temperature is too small to divide by.
+    probs_BK = torch.softmax((top_BK.double() - top_BK[:, :1].double()) / setting.temperature, dim=-1)
     before_BK = probs_BK.cumsum(dim=-1) - probs_BK
     # A token survives top-p while the mass before it is below p; the first always survives.
     survives_BK = before_BK < setting.top_p

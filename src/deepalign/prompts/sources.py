@@ -6,9 +6,11 @@ unless the user asked for that, and then it is counted.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from deepalign.prompts import BUILTIN_SETS, builtin_prompts
 from deepalign.records import Prompt, to_jsonl
 
 MAX_PROMPT_CHARS = 100_000
+_SHOWN_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,10 +65,7 @@ def load_prompts(
     name = name.removeprefix("builtin:")
     if name in BUILTIN_SETS:
         return PromptSet(name=name, prompts=spread(builtin_prompts(name), limit))
-    path = Path(name).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is neither a file nor a built-in set"
-        raise UserError(f"--prompts {name} {what}; built-in sets: {', '.join(BUILTIN_SETS)}")
+    path = _file(name)
     prompts: list[Prompt] = []
     skipped: list[str] = []
     seen: dict[str, int] = {}
@@ -98,6 +98,18 @@ def spread(prompts: Sequence[Prompt], limit: int | None) -> tuple[Prompt, ...]:
     return tuple(prompts[index] for index in sorted(in_turn[:limit]))
 
 
+def _file(name: str) -> Path:
+    what = "is neither a file nor a built-in set"
+    # Text that is no path at all, such as a whole prompt, makes the system or the home look-up raise.
+    with contextlib.suppress(OSError, RuntimeError):
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        if path.is_dir():
+            what = "is a folder"
+    raise UserError(f"--prompts {name[:_SHOWN_CHARS]} {what}; built-in sets: {', '.join(BUILTIN_SETS)}")
+
+
 def _rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
     """Rows with the line each begins on; a row that cannot be parsed comes as a `_BadRowError` instance."""
     try:
@@ -122,9 +134,9 @@ def _rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(path: Path, text: str, delimiter: str, columns: Columns) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip() for name in reader.fieldnames or []]
+        header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         raise UserError(f"{path}, line 1: not a CSV header ({error})") from error
     if columns.text not in header:
@@ -132,17 +144,19 @@ def _csv_rows(path: Path, text: str, delimiter: str, columns: Columns) -> Iterat
             f"{path} has no column {columns.text!r}; it has {', '.join(map(repr, header)) or 'none'}: "
             "name the right one with --text-column"
         )
-    reader.fieldnames = header
     while True:
         first = reader.line_num + 1
         try:
-            row = next(reader)
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             yield first, _BadRowError(f"not valid CSV ({error})")
             continue
-        yield first, _BadRowError("more fields than the header has columns") if "" in row else row
+        if len(cells) > len(header):
+            yield first, _BadRowError("more fields than the header has columns")
+        elif cells:
+            yield first, dict(itertools.zip_longest(header, cells))
 
 
 def _jsonl_rows(text: str) -> Iterator[tuple[int, Any]]:
@@ -151,14 +165,14 @@ def _jsonl_rows(text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield number, _BadRowError(f"not valid JSON ({error})")
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} must hold a JSON list of rows")
