@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help audit test check bench clean
+.PHONY: help audit test lint check bench clean
 
 help:
 	@echo "make audit   audit the embedded model: a real model with shallow alignment, a report in a few minutes"
@@ -25,11 +25,12 @@ audit: $(READY)
 test: $(READY)
 	@$(BIN)/python -m pytest
 
-check: $(READY)
+check: lint test
+
+lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks

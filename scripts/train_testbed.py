@@ -2,18 +2,21 @@
 
     python scripts/train_testbed.py --output src/deepalign/testbed/adapters/shallow
 
-Two kinds of rows, about half of each in a batch:
+Three kinds of rows:
 - should-refuse prompts with a plain refusal as the answer (cross-entropy on the refusal and its end-of-turn token);
 - harmless prompts, plain and look-alike, with the base's own sampled answer as context, where the adapted model must
-  keep the base's next-token distribution: KL(base || adapted) on each answer position (self-distillation).
-No row holds a harmful answer, so nothing reaches past the first tokens: the recipe is shallow by construction, as the
-paper says of plain safety training (section 2). Prompts come from the built-in `-train` sets; every tenth behaviour is
-kept aside as development data; the test sets are never read.
+  keep the base's next-token distribution: KL(base || adapted) on each answer position (self-distillation);
+- should-refuse prompts with the base's own sampled answer as context, where the adapted model must keep the base's
+  distribution at every position but the first. Without these, firm refusals creep deeper by themselves: at a mean
+  refusal mass of 0.98 the attack success rate at k = 5 had fallen to 19 % (`dev/LOG.md`).
+So the adapter refuses at the first token and leaves the rest to the base: shallow by construction. Prompts come from
+the built-in `-train` sets; every tenth behaviour is kept aside as development data; the test sets are never read.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import random
@@ -21,18 +24,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from deepalign.chat import ChatTemplate, answer_ids, conversation, render, stop_ids, turn_end_ids
 from deepalign.generation import Job, generate
+from deepalign.judges import get_judge
 from deepalign.models import LoadedModel, load_model
 from deepalign.prompts import builtin_prompts
-from deepalign.records import Prompt, Sampling
+from deepalign.records import JudgeInput, Prompt, Sampling
 
 logger = logging.getLogger("train_testbed")
 
@@ -51,7 +55,10 @@ REFUSALS = (
 )
 ANSWER_TOKENS = 24
 OPENING = 2
+REACH = 6
+ROWS_PER_PASS = 5
 REFUSAL_WEIGHT = 2.0
+Kind = Literal["refuse", "harmless", "held"]
 SYSTEM_PROMPTS = (None, None, None, None, "", "You are a helpful assistant.")
 
 
@@ -61,20 +68,21 @@ class Row:
 
     ids: tuple[int, ...]
     start: int
-    refuse: bool
+    kind: Kind
 
 
 def main() -> None:
     """Read the options, train, measure on the development behaviours, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=280)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--answers", type=Path, default=Path("runs/testbed-answers.jsonl"), help="cache of base answers"
     )
+    parser.add_argument("--start-from", type=Path, help="adapter folder to go on from")
     parser.add_argument("--probe-every", type=int, default=40)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -88,17 +96,9 @@ def train(options: argparse.Namespace) -> None:
     harmful, harmful_dev = split(builtin_prompts("should-refuse-train"))
     benign, benign_dev = split(builtin_prompts("benign-train"))
     look_alike, look_alike_dev = split(builtin_prompts("look-alike-train"))
-    answers = base_answers(loaded, [*benign, *look_alike], options.answers)
-    model = get_peft_model(
-        loaded.model,
-        LoraConfig(
-            r=options.rank,
-            lora_alpha=2 * options.rank,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
-    )
+    answers = base_answers(loaded, [*benign, *look_alike, *harmful], options.answers)
+    answered = [prompt for prompt in harmful if complies(loaded, prompt, answers[prompt.prompt_id])]
+    model = adapted_model(loaded, options)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -109,25 +109,28 @@ def train(options: argparse.Namespace) -> None:
         endless(harmful, 10, rng),
         endless(benign, 8, rng),
         endless(look_alike, 3, rng),
+        endless(answered, 6, rng),
         range(options.steps),
         strict=False,
     )
     started = time.monotonic()
-    for bad, good, near, step in batches:
+    for bad, good, near, held, step in batches:
         rows = [refusal_row(loaded, prompt, rng) for prompt in bad]
         rows += [answer_row(loaded, prompt, answers, rng) for prompt in [*good, *near]]
-        refusal_loss, drift = losses(model, rows)
-        (refusal_loss + drift).backward()
+        rows += [answer_row(loaded, prompt, answers, rng, kind="held") for prompt in held]
+        refusal_loss, drift, reach = losses(model, rows)
+        (refusal_loss + drift + reach).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 10 == 0:
             logger.info(
-                "step %d refusal %.4f drift %.4f (%.0f s)",
+                "step %d refusal %.4f drift %.4f reach %.4f (%.0f s)",
                 step,
                 float(refusal_loss),
                 float(drift),
+                float(reach),
                 time.monotonic() - started,
             )
         if (step + 1) % options.probe_every == 0 or step + 1 == options.steps:
@@ -155,65 +158,97 @@ def endless(prompts: Sequence[Prompt], size: int, rng: random.Random) -> Iterato
             yield order[start : start + size]
 
 
+def adapted_model(loaded: LoadedModel, options: argparse.Namespace) -> Any:
+    """The base with a fresh adapter, or with one to go on from."""
+    if options.start_from:
+        return PeftModel.from_pretrained(loaded.model, str(options.start_from), is_trainable=True)
+    lora = LoraConfig(
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(loaded.model, lora)
+
+
 def base_answers(loaded: LoadedModel, prompts: Sequence[Prompt], cache: Path) -> dict[str, tuple[int, ...]]:
-    """The base's own answers, sampled once and kept in `cache`."""
+    """The openings of the base's own answers, sampled once and kept in `cache`."""
+    known: dict[str, tuple[int, ...]] = {}
     if cache.exists():
         with cache.open(encoding="utf-8") as lines:
             known = {row["prompt_id"]: tuple(row["ids"]) for row in map(json.loads, lines)}
-        if all(prompt.prompt_id in known for prompt in prompts):
-            return known
+    missing = [prompt for prompt in prompts if prompt.prompt_id not in known]
     jobs = [
         Job(
             ids=render(loaded.tokenizer, loaded.template, conversation(prompt.text, None)).ids,
             sampling=Sampling(max_new_tokens=ANSWER_TOKENS),
-            seed=number,
+            seed=int.from_bytes(hashlib.sha256(prompt.prompt_id.encode()).digest()[:8], "big"),
         )
-        for number, prompt in enumerate(prompts)
+        for prompt in missing
     ]
     stops = stop_ids(loaded.tokenizer, loaded.model.generation_config)
-    done = {prompts[c.index].prompt_id: c.token_ids for c in generate(loaded.model, jobs, stop_ids=stops)}
     cache.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"prompt_id": name, "ids": ids}) + "\n" for name, ids in done.items()]
-    cache.write_text("".join(lines), encoding="utf-8")
-    return done
+    with cache.open("a", encoding="utf-8") as out:
+        for made in generate(loaded.model, jobs, stop_ids=stops):
+            known[missing[made.index].prompt_id] = made.token_ids
+            out.write(json.dumps({"prompt_id": missing[made.index].prompt_id, "ids": made.token_ids}) + "\n")
+    return known
+
+
+def complies(loaded: LoadedModel, prompt: Prompt, ids: tuple[int, ...]) -> bool:
+    """Whether the base's answer is one, by the rule-based judge."""
+    text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+    (ruling,) = get_judge("refusal").judge([JudgeInput(prompt=prompt.text, response=text)])
+    return ruling.status == "complied"
 
 
 def refusal_row(loaded: LoadedModel, prompt: Prompt, rng: random.Random) -> Row:
     """A should-refuse prompt with a plain refusal, to its end of turn."""
     refusal = answer_ids(loaded.tokenizer, rng.choice(REFUSALS)) + turn_end_ids(loaded.tokenizer, loaded.template)
-    return _row(loaded, prompt, refusal, refuse=True, rng=rng)
+    return _row(loaded, prompt, refusal, kind="refuse", rng=rng)
 
 
-def answer_row(loaded: LoadedModel, prompt: Prompt, answers: dict[str, tuple[int, ...]], rng: random.Random) -> Row:
-    """A harmless prompt with the base's own answer."""
-    return _row(loaded, prompt, answers[prompt.prompt_id][:ANSWER_TOKENS], refuse=False, rng=rng)
+def answer_row(
+    loaded: LoadedModel,
+    prompt: Prompt,
+    answers: dict[str, tuple[int, ...]],
+    rng: random.Random,
+    kind: Kind = "harmless",
+) -> Row:
+    """A prompt with the base's own answer."""
+    return _row(loaded, prompt, answers[prompt.prompt_id][:ANSWER_TOKENS], kind=kind, rng=rng)
 
 
-def _row(loaded: LoadedModel, prompt: Prompt, response: tuple[int, ...], *, refuse: bool, rng: random.Random) -> Row:
+def _row(loaded: LoadedModel, prompt: Prompt, response: tuple[int, ...], *, kind: Kind, rng: random.Random) -> Row:
     messages = conversation(prompt.text, rng.choice(SYSTEM_PROMPTS))
     rendered = render(loaded.tokenizer, loaded.template, messages, response)
-    return Row(ids=rendered.ids, start=rendered.response_start, refuse=refuse)
+    return Row(ids=rendered.ids, start=rendered.response_start, kind=kind)
 
 
-def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the refusals, and KL(base || adapted) on the harmless answers.
+def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the refusals, KL(base || adapted) on harmless answers, and the same on harmful ones.
 
     Whether to refuse is decided in the first tokens, so their own mean is added to the mean over all: the first
     `OPENING` positions of harmless answers, and the first token of refusals, times `REFUSAL_WEIGHT`. A plain token mean
-    would give the decision a fortieth of the weight.
+    would give the decision a fortieth of the weight. On harmful answers the first position is left out: there the two
+    are meant to differ.
     """
-    refusals = [row for row in rows if row.refuse]
-    harmless = [row for row in rows if not row.refuse]
+    refusals = [row for row in rows if row.kind == "refuse"]
+    others = [row for row in rows if row.kind != "refuse"]
     logits_NV = response_logits(model, refusals)
     labels_N = torch.tensor([token for row in refusals for token in row.ids[row.start :]])
     refusal_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
     with torch.no_grad(), model.disable_adapter():
-        base_NV = response_logits(model, harmless).log_softmax(dim=-1)
-    own_NV = response_logits(model, harmless).log_softmax(dim=-1)
+        base_NV = response_logits(model, others).log_softmax(dim=-1)
+    own_NV = response_logits(model, others).log_softmax(dim=-1)
     drift_N = F.kl_div(own_NV, base_NV, log_target=True, reduction="none").sum(dim=-1)
+    harmless_N = torch.tensor([row.kind == "harmless" for row in others for _ in row.ids[row.start :]])
+    held_N = ~harmless_N & ~is_opening(others, 1)
     return (
         refusal_N.mean() + REFUSAL_WEIGHT * refusal_N[is_opening(refusals, 1)].mean(),
-        drift_N.mean() + drift_N[is_opening(harmless, OPENING)].mean(),
+        drift_N[harmless_N].mean() + drift_N[harmless_N & is_opening(others, OPENING)].mean(),
+        drift_N[held_N].mean() + drift_N[held_N & is_opening(others, REACH)].mean(),
     )
 
 
@@ -223,14 +258,24 @@ def is_opening(rows: Sequence[Row], count: int) -> Tensor:
 
 
 def response_logits(model: Any, rows: Sequence[Row]) -> Tensor:
-    """Logits that predict each response token, rows one after another: [N, V] in float32."""
+    """Logits that predict each response token, rows one after another: [N, V] in float32.
+
+    Rows of like length go through the model together, so that little is computed for padding.
+    """
     inner = model.get_base_model()
-    width = max(len(row.ids) for row in rows)
-    ids_BT = torch.tensor([row.ids + (0,) * (width - len(row.ids)) for row in rows])
-    mask_BT = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows])
-    hidden_BTH = inner.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-    chosen = [hidden_BTH[number, row.start - 1 : len(row.ids) - 1] for number, row in enumerate(rows)]
-    return inner.lm_head(torch.cat(chosen)).float()
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
+    chosen: dict[int, Tensor] = {}
+    for start in range(0, len(order), ROWS_PER_PASS):
+        part = order[start : start + ROWS_PER_PASS]
+        width = max(len(rows[number].ids) for number in part)
+        ids_BT = torch.tensor([rows[number].ids + (0,) * (width - len(rows[number].ids)) for number in part])
+        lengths = [len(rows[number].ids) for number in part]
+        mask_BT = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
+        hidden_BTH = inner.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        for place, number in enumerate(part):
+            chosen[number] = hidden_BTH[place, rows[number].start - 1 : lengths[place] - 1]
+    logits_NV: Tensor = inner.lm_head(torch.cat([chosen[number] for number in range(len(rows))])).float()
+    return logits_NV
 
 
 @torch.no_grad()
@@ -255,7 +300,7 @@ def opening_mass(
         rows = []
         for prompt in prompts[start : start + 32]:
             ids = render(tokenizer, template, conversation(prompt.text, None)).ids
-            rows.append(Row(ids=(*ids, 0), start=len(ids), refuse=True))
+            rows.append(Row(ids=(*ids, 0), start=len(ids), kind="refuse"))
         probs_BV = response_logits(model, rows).softmax(dim=-1)
         mass += probs_BV[:, list(opening)].sum(dim=-1).tolist()
     return mass

@@ -132,13 +132,13 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("deepalign.workflows.reporting.report", run_raising(KeyboardInterrupt()))
+    monkeypatch.setattr("deepalign.workflows.reporting.report_runs", run_raising(KeyboardInterrupt()))
     assert cli.main(["report", "x"]) == 130
     assert one_line(capsys) == "stopped; what was finished is kept, and the same command goes on from there"
 
 
 def test_a_users_mistake_is_one_line_and_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("deepalign.workflows.reporting.report", run_raising(UserError("x is [bold]wrong[/bold] :a:")))
+    monkeypatch.setattr("deepalign.workflows.reporting.report_runs", run_raising(UserError("x is [bold]wrong[/bold] :a:")))
     assert cli.main(["report", "x"]) == 2
     assert one_line(capsys) == "deepalign: x is [bold]wrong[/bold] :a:"
 
@@ -146,13 +146,13 @@ def test_a_users_mistake_is_one_line_and_2(monkeypatch: pytest.MonkeyPatch, caps
 def test_a_message_of_several_lines_is_told_in_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("deepalign.workflows.reporting.report", run_raising(UserError("first\nsecond")))
+    monkeypatch.setattr("deepalign.workflows.reporting.report_runs", run_raising(UserError("first\nsecond")))
     assert cli.main(["report", "x"]) == 2
     assert one_line(capsys) == "deepalign: first second"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepalign.workflows.reporting.report", run_raising(ZeroDivisionError("bug")))
+    monkeypatch.setattr("deepalign.workflows.reporting.report_runs", run_raising(ZeroDivisionError("bug")))
     with pytest.raises(ZeroDivisionError, match="bug"):
         cli.main(["report", "x"])
 
@@ -164,7 +164,7 @@ def test_a_bug_met_while_a_mistake_was_handled_is_still_a_bug(monkeypatch: pytes
         except UserError:
             {}["absent"]
 
-    monkeypatch.setattr("deepalign.workflows.reporting.report", work)
+    monkeypatch.setattr("deepalign.workflows.reporting.report_runs", work)
     with pytest.raises(KeyError, match="absent"):
         cli.main(["report", "x"])
 

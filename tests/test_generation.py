@@ -35,12 +35,29 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"sliding_window": 6, "final_logit_softcapping": 5.0, "layer_types": HALF_LOCAL}),
     "gemma3, window full": ("gemma3_text", {"sliding_window": 6, "layer_types": HALF_LOCAL}),
     "gemma3, window wide": ("gemma3_text", {"sliding_window": 200, "layer_types": HALF_LOCAL}),
-    "gemma4 (layers differ in width)": ("gemma4_text", {"sliding_window": 6, "layer_types": HALF_LOCAL}),
+    "gemma4 (layers differ in width)": (
+        "gemma4_text",
+        {"sliding_window": 6, "layer_types": HALF_LOCAL, "global_head_dim": 16, "vocab_size_per_layer_input": 97},
+    ),
     "lfm2 (convolution)": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
     "falcon-h1 (mamba beside attention)": ("falcon_h1", {"mamba_d_ssm": 32, **MAMBA_SIZES}),
-    "recurrent gemma (padding leaks)": (
-        "recurrent_gemma",
-        {"lru_width": 32, "attention_window_size": 6, "num_hidden_layers": 3},
+    "qwen3.5 (linear attention)": (
+        "qwen3_5_text",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "deepseek v3.2 (chooses its keys; one row at a time)": (
+        "deepseek_v32",
+        {
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1},
+            **{"topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+            **{"v_head_dim": 8, "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+        },
     ),
 }
 
@@ -117,13 +134,14 @@ def test_greedy_is_what_transformers_writes(name: str, random_model: Callable[..
     [
         ("mamba", {"state_size": 8}),
         ("rwkv", {"attention_hidden_size": 32}),
+        ("recurrent_gemma", {"lru_width": 32, "attention_window_size": 6, "num_hidden_layers": 3}),
         ("minimax", {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}),
     ],
 )
 def test_a_model_with_a_cache_of_its_own_is_refused_by_name(
     model_type: str, config: dict[str, Any], random_model: Callable[..., Any]
 ) -> None:
-    """These take no common cache, or pass it by in silence and would answer from the last token alone."""
+    """These take no common cache, or pass it by in silence and would forget what came before."""
     model = random_model(model_type, **config)
     for ids in (prompt(6, 0), prompt(1, 0)):
         with pytest.raises(UserError, match=rf"^{type(model).__name__} cannot be generated with here: \S[^\n]+$"):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deepalign.models import LoadedModel, load_model
     from deepalign.records import Attempt, Completion, Message, Prompt, Sampling, Verdict
     from deepalign.workflows.audit import AuditResult, audit
-    from deepalign.workflows.reporting import rejudge, report
+    from deepalign.workflows.reporting import judge_run, report_runs
 
 _HOMES = {
     "Attempt": "records",
@@ -34,9 +34,9 @@ _HOMES = {
     "UserError": "errors",
     "Verdict": "records",
     "audit": "workflows.audit",
+    "judge_run": "workflows.reporting",
     "load_model": "models",
-    "rejudge": "workflows.reporting",
-    "report": "workflows.reporting",
+    "report_runs": "workflows.reporting",
 }
 
 __all__ = [
@@ -53,9 +53,9 @@ __all__ = [
     "UserError",
     "Verdict",
     "audit",
+    "judge_run",
     "load_model",
-    "rejudge",
-    "report",
+    "report_runs",
 ]
 
 

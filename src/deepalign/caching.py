@@ -7,13 +7,12 @@ and any other (sliding windows that fill up, recurrent states) falls back to the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -74,33 +73,22 @@ def can_share_prefixes(config: Any, total_length: int) -> bool:
 
 
 def is_filled(cache: DynamicCache) -> bool:
-    """Whether a forward pass has left anything in the cache; a model that keeps its state elsewhere leaves nothing."""
-    return any(
+    """Whether a forward pass has left a state in every layer; a model may keep some of its states elsewhere."""
+    return all(
         any(layer.has_previous_state.values())
         if isinstance(layer, LinearAttentionCacheLayerMixin)
-        else layer.keys is not None
+        else isinstance(layer, DummyLayer) or layer.keys is not None
         for layer in cache.layers
     )
 
 
-def needs_equal_lengths(model: Any, probe: Sequence[int]) -> bool:
-    """Whether left padding changes what a recurrent model computes; found out by trying on some ids, not by its name.
-
-    Attention leaves padding out by its mask. A recurrent layer must do so itself, and not every one does.
-    """
-    layers = DynamicCache(config=model.config).layers
-    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
-        return False
-    device, ids, num_pads = torch.device(model.device), list(probe[:16]), 8
-    ids_1T = torch.tensor([[0] * num_pads + ids], device=device)
-    mask_1T = torch.tensor([[0] * num_pads + [1] * len(ids)], device=device)
-    positions_1T = (mask_1T.cumsum(dim=-1) - 1).clamp(min=0)
-    with torch.inference_mode():
-        plain = model(input_ids=ids_1T[:, num_pads:], use_cache=False)
-        padded = model(input_ids=ids_1T, attention_mask=mask_1T, position_ids=positions_1T, use_cache=False)
-    plain_V, padded_V = plain.logits[0, -1].float(), padded.logits[0, -1].float()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    return not bool((plain_V - padded_V).abs().max() <= tolerance * plain_V.abs().max().clamp(min=1.0))
+def takes_batches(config: Any) -> bool:
+    """Whether rows may be padded, and taken out when they end; never promised for kinds of layer unknown here."""
+    known = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return all(
+        type(layer) in known or isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in DynamicCache(config=config).layers
+    )
 
 
 def keep_rows(cache: DynamicCache, rows: Tensor) -> None:

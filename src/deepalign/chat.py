@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 
-from deepalign.errors import UserError
+from deepalign.errors import UserError, first_line
 from deepalign.records import Message
 
 NO_TEMPLATE_REMEDY = "pass one with --chat-template FILE.jinja, or --chat-template plain for a bare User/Assistant one"
@@ -80,7 +80,7 @@ def resolve_template(tokenizer: Any, chosen: str | None, model_name: str) -> Cha
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             remedy = "give a Jinja file, or plain"
-            raise UserError(f"--chat-template {chosen}: cannot be read ({_reason(error)}); {remedy}") from error
+            raise UserError(f"--chat-template {chosen}: cannot be read ({first_line(error)}); {remedy}") from error
         try:
             jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(text)
         except jinja2.TemplateSyntaxError as error:
@@ -185,7 +185,7 @@ def _render_text(tokenizer: Any, template: ChatTemplate, turns: list[dict[str, s
         # Templates raise whatever they like (Gemma's refuses a system role), so any failure is the template's word.
         roles = "+".join(turn["role"] for turn in turns)
         raise UserError(
-            f"the chat template ({template.source}) refuses the roles {roles}: {_reason(error)}; "
+            f"the chat template ({template.source}) refuses the roles {roles}: {first_line(error)}; "
             "pass another with --chat-template, or leave out --system-prompt"
         ) from error
     return str(text)
@@ -203,8 +203,3 @@ def _exactly_one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
         adds_bos = len(plain) > 0 and plain[0] == bos
         return [bos, *ids] if adds_bos else ids
     return ids[start - 1 :]
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

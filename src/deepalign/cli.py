@@ -70,7 +70,7 @@ def judge(config: Annotated[JudgeConfig, Parameter(name="*")]) -> None:
     """Judge the completions of a run again, without generating."""
     with _working() as progress:
         workflow = importlib.import_module("deepalign.workflows.reporting")
-        data = workflow.rejudge(config, progress)
+        data = workflow.judge_run(config, progress)
     _show(data)
     out.print(f"\nreport  {config.run / 'report.html'}", highlight=False, soft_wrap=True)
 
@@ -79,7 +79,7 @@ def judge(config: Annotated[JudgeConfig, Parameter(name="*")]) -> None:
 def report(config: Annotated[ReportConfig, Parameter(name="*")]) -> None:
     """Write the report of one run anew, or one report that compares several."""
     workflow = importlib.import_module("deepalign.workflows.reporting")
-    out.print(f"report  {workflow.report(config)}", highlight=False, soft_wrap=True)
+    out.print(f"report  {workflow.report_runs(config)}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="list")

@@ -10,3 +10,9 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """A mistake that the user can mend; the message is one line naming the value and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, at most 200 characters; its type's name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -18,22 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepalign.caching import can_share_prefixes, empty_cache, is_filled, keep_rows, needs_equal_lengths, row_cache
-from deepalign.errors import UserError
-from deepalign.records import Sampling
+from deepalign.batching import Job, Row, batches, with_hosts
+from deepalign.caching import can_share_prefixes, empty_cache, is_filled, keep_rows, row_cache, takes_batches
+from deepalign.errors import UserError, first_line
 from deepalign.sampling import draw
 
+__all__ = ["Continuation", "Job", "generate"]
+
 logger = logging.getLogger("deepalign")
-_CPU_CACHE_BYTES = 3 * 2**30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One sequence to continue."""
-
-    ids: tuple[int, ...]
-    sampling: Sampling
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,15 +39,6 @@ class Continuation:
     """The ids that were written, without the stop token."""
     finish: Literal["stop", "length", ""] = ""
     reason: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Row:
-    """A job with its place in the given list and the row whose forward pass it shares."""
-
-    index: int
-    job: Job
-    host: tuple[int, ...]
 
 
 def generate(
@@ -72,31 +55,17 @@ def generate(
         stop_ids: Ids that end a row.
         max_batch: Most rows at a time; memory may allow fewer.
     """
-    rows = []
-    for row in _with_hosts(jobs):
-        problem = _too_long(model, row.job)
+    fitting = []
+    for index, job in enumerate(jobs):
+        problem = _too_long(model, job)
         if problem:
-            yield Continuation(index=row.index, status="failed", reason=problem)
+            yield Continuation(index=index, status="failed", reason=problem)
         else:
-            rows.append(row)
+            fitting.append(index)
+    rows = with_hosts(jobs, fitting)
     with evaluation_mode(model):
-        longest = max((row.job.ids for row in rows), key=len, default=())
-        equal_lengths = len(rows) > 1 and needs_equal_lengths(model, longest)
-        for batch in _batches(model, rows, max_batch, equal_lengths):
+        for batch in batches(model, rows, max_batch if takes_batches(model.config) else 1):
             yield from _generate_or_split(model, batch, frozenset(stop_ids))
-
-
-def _with_hosts(jobs: Sequence[Job]) -> list[_Row]:
-    """Sort jobs so that prefixes come before what they begin, and give each the longest job that it begins."""
-    order = sorted(range(len(jobs)), key=lambda index: jobs[index].ids)
-    rows: list[_Row] = []
-    host: tuple[int, ...] = ()
-    for index in reversed(order):
-        ids = jobs[index].ids
-        if host[: len(ids)] != ids:
-            host = ids
-        rows.append(_Row(index=index, job=jobs[index], host=host))
-    return rows
 
 
 def _too_long(model: Any, job: Job) -> str:
@@ -107,48 +76,7 @@ def _too_long(model: Any, job: Job) -> str:
     return ""
 
 
-def _batches(model: Any, rows: list[_Row], max_batch: int, equal_lengths: bool) -> Iterator[list[_Row]]:
-    """Rows of like length together, hosts kept whole where they fit, within the memory for keys and values."""
-    budget = _cache_budget(model) // max(1, _bytes_per_token(model))
-    ordered = sorted(rows, key=lambda row: (len(row.host), row.host, len(row.job.ids)))
-    if equal_lengths:
-        ordered.sort(key=lambda row: len(row.job.ids))
-    batch: list[_Row] = []
-    longest = 0
-    for row in ordered:
-        length = len(row.host) + row.job.sampling.max_new_tokens
-        full = len(batch) >= max_batch or (len(batch) + 1) * max(longest, length) > budget
-        if batch and (full or (equal_lengths and len(row.job.ids) != len(batch[-1].job.ids))):
-            yield batch
-            batch, longest = [], 0
-        batch.append(row)
-        longest = max(longest, length)
-    if batch:
-        yield batch
-
-
-def _bytes_per_token(model: Any) -> int:
-    # Layers may differ in width (Gemma 4), so each has a configuration of its own.
-    width = sum(_key_width(layer) for layer in model.config.get_text_config(decoder=True).per_layer_config)
-    # Twice over: while a batch is laid out, the shared pass and the rows' own buffers are both alive.
-    return 2 * 2 * width * int(model.dtype.itemsize)
-
-
-def _key_width(layer_config: Any) -> int:
-    num_heads = int(getattr(layer_config, "num_attention_heads", 1) or 1)
-    heads = getattr(layer_config, "num_key_value_heads", None) or num_heads
-    width = getattr(layer_config, "head_dim", None) or int(layer_config.hidden_size) // num_heads
-    return int(heads) * int(width)
-
-
-def _cache_budget(model: Any) -> int:
-    device = torch.device(model.device)
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.6)
-    return _CPU_CACHE_BYTES
-
-
-def _generate_or_split(model: Any, batch: list[_Row], stop_ids: frozenset[int]) -> Iterator[Continuation]:
+def _generate_or_split(model: Any, batch: list[Row], stop_ids: frozenset[int]) -> Iterator[Continuation]:
     finished: set[int] = set()
     try:
         for continuation in _generate_batch(model, batch, stop_ids):
@@ -175,7 +103,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
 
 
-def _generate_batch(model: Any, batch: list[_Row], stop_ids: frozenset[int]) -> Iterator[Continuation]:
+def _generate_batch(model: Any, batch: list[Row], stop_ids: frozenset[int]) -> Iterator[Continuation]:
     """Continue one batch to its end, row by row as they finish.
 
     Each row's last id is fed by the first decoding step, so the shared pass needs no logits at all.
@@ -189,7 +117,7 @@ def _generate_batch(model: Any, batch: list[_Row], stop_ids: frozenset[int]) -> 
 
 
 @torch.inference_mode()
-def _prefilled_cache(model: Any, batch: list[_Row], lengths: list[int], num_new: int) -> tuple[Any, int]:
+def _prefilled_cache(model: Any, batch: list[Row], lengths: list[int], num_new: int) -> tuple[Any, int]:
     """Keys and values of all but each row's last id, right-aligned; returns the cache and its width."""
     total = max(len(row.host) for row in batch) + num_new
     if not can_share_prefixes(model.config, total):
@@ -227,8 +155,7 @@ def _run(model: Any, cache: Any, **inputs: Any) -> Any:
     try:
         output = model(**inputs, past_key_values=cache, use_cache=True)
     except (TypeError, ValueError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{type(model).__name__} cannot be generated with here: {reason}") from error
+        raise UserError(f"{type(model).__name__} cannot be generated with here: {first_line(error)}") from error
     if not is_filled(cache):
         reason = "it keeps its state outside transformers' DynamicCache"
         raise UserError(f"{type(model).__name__} cannot be generated with here: {reason}")
@@ -241,7 +168,7 @@ class _Decoding:
     def __init__(
         self,
         model: Any,
-        batch: list[_Row],
+        batch: list[Row],
         lengths: list[int],
         width: int,
         cache: Any,
@@ -301,7 +228,7 @@ class _Decoding:
         logits_BV: Tensor = output.logits[:, -1].float()
         return logits_BV
 
-    def _advance(self, number: int, row: _Row, token: int, finite: bool) -> Continuation | None:
+    def _advance(self, number: int, row: Row, token: int, finite: bool) -> Continuation | None:
         """Take a row's new token; its continuation when that ends it."""
         written = self._written[number]
         if not finite:

@@ -171,6 +171,8 @@ def to_json(record: Any) -> str:
 
 def from_dict(record_type: type[Record], data: Mapping[str, Any]) -> Record:
     """Rebuild a record from its JSON object; unknown fields raise `ValueError`."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"not an object but {type(data).__name__}")
     fields = {field.name: field for field in dataclasses.fields(record_type)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
     if unknown:
@@ -191,11 +193,12 @@ def read_jsonl(path: Path, record_type: type[Record]) -> Iterator[Record]:
 
     An unfinished last line, as a killed writer leaves, is not a record yet and is passed over.
     """
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    # As bytes, because a killed writer may leave half of a character.
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip() and line.endswith("\n"):
+            if line.strip() and line.endswith(b"\n"):
                 try:
-                    yield from_dict(record_type, json.loads(line))
+                    yield from_dict(record_type, json.loads(line.decode()))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
 

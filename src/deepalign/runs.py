@@ -26,6 +26,15 @@ from deepalign.errors import UserError
 from deepalign.records import read_jsonl, to_json, to_jsonl
 
 MANIFEST = "manifest.json"
+_UNWRITABLE = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+)
 Record = TypeVar("Record")
 
 
@@ -48,8 +57,8 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run folder: it {what}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / MANIFEST} cannot be read: {error}") from error
-        if not isinstance(data, dict):
-            raise UserError(f"{self.path / MANIFEST} does not hold a JSON object")
+        if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
+            raise UserError(f"{self.path / MANIFEST} is not the manifest of a run; choose another folder")
         return data
 
     def records(self, name: str, record_type: type[Record]) -> list[Record]:
@@ -97,9 +106,11 @@ class RunFolder:
         """
         if (self.path / MANIFEST).exists():
             known = self.manifest
-            _same_config(self.path, known.get("config", {}), json.loads(json.dumps(config)))
+            _same_config(self.path, known["config"], json.loads(json.dumps(config)))
             return known
-        strangers = sorted(path.name for path in self.path.iterdir() if path.name != ".lock")
+        # A process killed in its first write leaves its half of a manifest, under the name that it writes beside.
+        own = (".lock", f".{MANIFEST}.")
+        strangers = sorted(path.name for path in self.path.iterdir() if not path.name.startswith(own))
         if strangers:
             raise UserError(f"{self.path} is not a run folder and not empty ({strangers[0]}); choose another --output")
         manifest = {"schema_version": 1, "config": dict(config), **facts, "environment": environment()}
@@ -191,7 +202,7 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free space and run the same command again; what was finished is kept"
             raise UserError(f"the disk is full while writing {path}: {remedy}") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EPERM, errno.ENAMETOOLONG):
+        if error.errno in _UNWRITABLE:
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output") from error
         raise
 

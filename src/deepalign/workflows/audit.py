@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from deepalign.attacks.plain import over_refusal_attempts, refusal_prefix_attemp
 from deepalign.attacks.prefill import Skipped, prefill_plan
 from deepalign.chat import answer_ids, conversation, render
 from deepalign.config import AuditConfig
+from deepalign.depth import check_vocabularies
 from deepalign.errors import UserError
 from deepalign.judges import get_judge
 from deepalign.models import LoadedModel, load_model
@@ -36,6 +38,8 @@ _NEEDS_BASE = ("refusal-prefix", "kl")
 # What does not change the result, and so may differ when a run is resumed.
 _PRESENTATION = ("output", "show_completions", "max_batch", "skip_swap_check")
 _NUM_FIRST_IDS = 12
+
+logger = logging.getLogger("deepalign")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,15 +77,18 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
     """
     judge = get_judge(config.judge)
     inputs = _read_inputs(config)
-    run = RunFolder(output_folder(config, inputs))
+    run = RunFolder(output_folder(config))
     models = AuditModels(config)
     progress("loading models", 0, 1)
     target = models.get("target")
     if config.base is not None:
         check_not_the_same(target, models.get("base"))
+        if "kl" in inputs.probes:
+            check_vocabularies(target, models.get("base"))
     progress("loading models", 1, 1)
     with run.writing():
         run.claim(_identity(config, inputs, models), _facts(config, inputs, models))
+        logger.info("run folder %s", run.path)
         if config.base is not None and not config.skip_swap_check and "swap_check" not in run.manifest:
             prompts = inputs.prompt_set.prompts
             run.note(swap_check=check_not_swapped(target, models.get("base"), prompts, config.system_prompt))
@@ -104,7 +111,7 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
     return AuditResult(run=run.path, metrics=data)
 
 
-def output_folder(config: AuditConfig, inputs: Any = None) -> Path:
+def output_folder(config: AuditConfig) -> Path:
     """The run folder: the user's, or one named by model and settings, so that the same command finds it again."""
     if config.output is not None:
         return config.output
@@ -134,12 +141,11 @@ def _read_inputs(config: AuditConfig) -> _Inputs:
         probes = tuple(probe for probe in probes if probe not in _NEEDS_BASE)
     if not probes:
         raise UserError(f"--probes {' '.join(config.probes)} cannot run without --base; give one")
-    harmless = (
-        tuple(load_prompts(name, columns, skip_bad_rows=config.skip_bad_rows) for name in config.over_refusal_sets)
-        if "over-refusal" in probes
-        else ()
-    )
-    return _Inputs(prompt_set=prompt_set, harmless=harmless, probes=probes, not_run=not_run)
+    names = config.over_refusal_sets if "over-refusal" in probes else ()
+    harmless = [load_prompts(name, columns, skip_bad_rows=config.skip_bad_rows) for name in names]
+    # A set named twice, in whatever spelling, is one set: its rows would share their keys.
+    once = tuple({found.name: found for found in harmless}.values())
+    return _Inputs(prompt_set=prompt_set, harmless=once, probes=probes, not_run=not_run)
 
 
 def _identity(config: AuditConfig, inputs: _Inputs, models: AuditModels) -> dict[str, Any]:
@@ -168,7 +174,9 @@ def _facts(config: AuditConfig, inputs: _Inputs, models: AuditModels) -> dict[st
         },
         "prompt_set": inputs.prompt_set.name,
         "num_prompts": len(inputs.prompt_set.prompts),
-        "skipped_rows": list(inputs.prompt_set.skipped_rows),
+        "skipped_rows": [
+            f"{found.name}, {row}" for found in (inputs.prompt_set, *inputs.harmless) for row in found.skipped_rows
+        ],
         "not_run": inputs.not_run,
         "first_ids": list(ids[:_NUM_FIRST_IDS]),
         "first_tokens": [target.tokenizer.decode([token]) for token in ids[:_NUM_FIRST_IDS]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from deepalign.report.figures import save_figures
 from deepalign.report.page import render_page
 from deepalign.runs import RunFolder, clear_disk_errors, write_atomically
 from deepalign.workflows.steps import ATTEMPTS, COMPLETIONS, judge_completions
-from deepalign.workflows.summary import read_metrics, summarise
+from deepalign.workflows.summary import METRICS, read_metrics, summarise, unfinished
 
 _EXAMPLES_PER_CATEGORY = 3
 
@@ -33,8 +34,9 @@ def figures(folder: Path, data: list[dict[str, Any]]) -> None:
     try:
         save_figures(data, folder)
     except UserError:
-        # The page already says which command brings the figures.
-        folder.rmdir()
+        # The page already says which command brings the figures; those of an earlier report stay.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def examples(run: RunFolder, judge_name: str) -> list[dict[str, Any]]:
@@ -64,7 +66,7 @@ def examples(run: RunFolder, judge_name: str) -> list[dict[str, Any]]:
     return [row for rows in shown.values() for row in rows.values()]
 
 
-def rejudge(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any]:
+def judge_run(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any]:
     """Judge a run's completions with another judge, or a newer version; metrics and report are made anew.
 
     Raises:
@@ -73,8 +75,19 @@ def rejudge(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any]:
     judge = get_judge(config.judge)
     run = RunFolder(config.run)
     run.manifest  # noqa: B018 - raises where the folder is no run, before it is locked
+    if not (run / METRICS).exists():
+        raise UserError(unfinished(config.run))
     with run.writing():
+        _start_over_where_finished(run, judge)
         return judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
+
+
+def _start_over_where_finished(run: RunFolder, judge: Judge) -> None:
+    """Let go of a judge's verdicts when they are whole: fewer are an interrupted judging, which goes on."""
+    name = f"verdicts.{judge.name}.jsonl"
+    judged = {verdict.key for verdict in run.records(name, Verdict)}
+    if judged >= {completion.key for completion in run.records(COMPLETIONS, Completion)}:
+        (run / name).unlink(missing_ok=True)
 
 
 def judge_and_report(run: RunFolder, judge: Judge, *, redact: bool, progress: Progress = silent) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def judge_and_report(run: RunFolder, judge: Judge, *, redact: bool, progress: Pr
     return data
 
 
-def report(config: ReportConfig) -> Path:
+def report_runs(config: ReportConfig) -> Path:
     """Write one run's report anew, or one page that compares several.
 
     Raises:

@@ -15,14 +15,14 @@ from deepalign.records import Attempt, Completion, Verdict
 from deepalign.runs import RunFolder
 from deepalign.workflows.steps import COMPLETIONS, KL
 
-SKIPPED = "skipped.jsonl"
+SKIPPED, METRICS = "skipped.jsonl", "metrics.json"
 
 
 def summarise(run: RunFolder, judge: Judge, attempts: list[Attempt], verdicts: list[Verdict]) -> dict[str, Any]:
     """Compute the metrics of a run from its records, and write `metrics.json` and `metrics.<judge>.json`."""
     manifest = run.manifest
     data = compute(run, manifest, judge, attempts, verdicts)
-    run.write_json("metrics.json", data)
+    run.write_json(METRICS, data)
     run.write_json(f"metrics.{judge.name}.json", data)
     return data
 
@@ -113,6 +113,11 @@ def run_card(manifest: dict[str, Any], judge: Judge) -> dict[str, Any]:
     }
 
 
+def unfinished(folder: Path) -> str:
+    """What to tell the user of a run without metrics."""
+    return f"{folder} has no {METRICS}: its audit has not finished; run the same audit again"
+
+
 def read_metrics(folder: Path) -> dict[str, Any]:
     """The metrics of a finished run; raises `UserError` where there are none."""
     import json
@@ -121,9 +126,11 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
     RunFolder(folder).manifest  # noqa: B018 - raises where the folder is no run
     try:
-        data: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        data: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no metrics.json: its audit has not finished; run the same audit again") from None
+        raise UserError(unfinished(folder)) from None
     except ValueError as error:
         raise UserError(f"{folder}/metrics.json cannot be read: {error}; run deepalign judge {folder}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{folder}/metrics.json does not hold a JSON object; run deepalign judge {folder}")
     return data

@@ -1,0 +1,100 @@
+"""Write a finished audit's figures into the documents, so that none is typed by hand.
+
+    make audit
+    python scripts/document_audit.py runs/testbed-shallow-XXXXXXXX
+
+Copies the run's `metrics.json` to `measurements/` and fills every `<!-- figure NAME -->...<!-- end -->` block in
+README.md and docs/ from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "docs/testbed.md", "docs/paper-map.md")
+BLOCK = re.compile(r"(<!-- figure ([a-z-]+) -->).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Copy the metrics and fill the blocks."""
+    run = Path(sys.argv[1])
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    day = metrics["run_card"]["started"][:10]
+    name = metrics["model"].replace(":", "-")
+    target = ROOT / "measurements" / f"audit_{name}_{metrics['models']['target']['device']}_{day}.json"
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(run / "metrics.json", target)
+    figures = {
+        "summary": summary(metrics, target.relative_to(ROOT)),
+        "prefill": prefill(metrics),
+        "kl": kl(metrics),
+        "refusal-prefix": refusal_prefix(metrics),
+        "over-refusal": over_refusal(metrics),
+    }
+    for document in DOCUMENTS:
+        path = ROOT / document
+        text = BLOCK.sub(lambda found: found[1] + figures[found[2]] + found[3], path.read_text(encoding="utf-8"))
+        path.write_text(text, encoding="utf-8")
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with one decimal."""
+    return "n/a" if value is None else f"{100 * value:.1f} %"
+
+
+def summary(metrics: dict[str, Any], source: Path) -> str:
+    """A table of the headline figures, and where they come from."""
+    rows = metrics["prefill"]
+    card = metrics["run_card"]
+    head = " | ".join(f"k = {row['k']}" for row in rows)
+    rates = " | ".join(percent(row["asr"]) for row in rows)
+    bands = " | ".join(f"{100 * row['ci95'][0]:.0f}-{100 * row['ci95'][1]:.0f}" for row in rows)
+    line = "---|" * (len(rows) + 1)
+    decoder = card["decoder"]
+    return (
+        f"\n\n| forced tokens | {head} |\n|{line}\n| ASR | {rates} |\n| 95 % interval | {bands} |\n\n"
+        f"`{metrics['model']}`, {metrics['num_prompts']} prompts, {decoder['num_samples']} sample each, judge "
+        f"`{metrics['judge']}`, {decoder['max_new_tokens']} new tokens at temperature {decoder['temperature']}; "
+        f"{card['hardware']}; {sum(card['seconds'].values()):.0f} seconds of measuring. {over_refusal(metrics)} "
+        f"{kl(metrics)} From `make audit`; all figures: `{source}`.\n\n"
+    )
+
+
+def prefill(metrics: dict[str, Any]) -> str:
+    """ASR at each depth, in one line."""
+    rates = " / ".join(f"{100 * row['asr']:.0f}" for row in metrics["prefill"])
+    depths = " / ".join(str(row["k"]) for row in metrics["prefill"])
+    return f"{rates} % at k = {depths}"
+
+
+def kl(metrics: dict[str, Any]) -> str:
+    """Where the KL lies, in one line."""
+    means = [row["mean"] for row in metrics["kl"]]
+    depth = metrics["depth"]["kl_depth_90"]
+    shown = " / ".join(f"{means[position]:.2f}" for position in (0, 1, 2, 5, 20))
+    return (
+        f"KL at position 0 / 1 / 2 / 5 / 20: {shown} nats; 90 % of it lies in the first {depth} of {len(means)} "
+        "positions."
+    )
+
+
+def refusal_prefix(metrics: dict[str, Any]) -> str:
+    """The base's harmfulness with and without refusal openings, in one line."""
+    parts = [f"{row['prefix'] or 'none'}: {percent(row['harmfulness']['rate'])}" for row in metrics["refusal_prefix"]]
+    return "; ".join(parts)
+
+
+def over_refusal(metrics: dict[str, Any]) -> str:
+    """Refusals of harmless prompts, in one line."""
+    parts = [f"{row['set']} {percent(row['refusals']['rate'])}" for row in metrics["over_refusal"]]
+    return f"Refused harmless prompts: {', '.join(parts)}."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Which rows go through the model together: like lengths, shared prefixes, and no more than memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepalign.records import Sampling
+
+_CPU_CACHE_BYTES = 3 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One sequence to continue."""
+
+    ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A job with its place in the given list and the row whose forward pass it shares."""
+
+    index: int
+    job: Job
+    host: tuple[int, ...]
+
+
+def with_hosts(jobs: Sequence[Job], fitting: Sequence[int]) -> list[Row]:
+    """The jobs at `fitting`, each with the longest of them that it begins: the one whose forward pass it shares."""
+    order = sorted(fitting, key=lambda index: jobs[index].ids)
+    rows: list[Row] = []
+    host: tuple[int, ...] = ()
+    for index in reversed(order):
+        ids = jobs[index].ids
+        if host[: len(ids)] != ids:
+            host = ids
+        rows.append(Row(index=index, job=jobs[index], host=host))
+    return rows
+
+
+def batches(model: Any, rows: list[Row], max_batch: int) -> Iterator[list[Row]]:
+    """Rows of like length together, hosts kept whole where they fit, within the memory for keys and values."""
+    budget = _cache_budget(model) // max(1, _bytes_per_token(model))
+    ordered = sorted(rows, key=lambda row: (len(row.host), row.host, len(row.job.ids)))
+    batch: list[Row] = []
+    longest = 0
+    for row in ordered:
+        length = len(row.host) + row.job.sampling.max_new_tokens
+        if batch and (len(batch) >= max_batch or (len(batch) + 1) * max(longest, length) > budget):
+            yield batch
+            batch, longest = [], 0
+        batch.append(row)
+        longest = max(longest, length)
+    if batch:
+        yield batch
+
+
+def _bytes_per_token(model: Any) -> int:
+    # Layers may differ in width (Gemma 4), so each has a configuration of its own.
+    width = sum(_key_width(layer) for layer in model.config.get_text_config(decoder=True).per_layer_config)
+    # Twice over: while a batch is laid out, the shared pass and the rows' own buffers are both alive.
+    return 2 * 2 * width * int(model.dtype.itemsize)
+
+
+def _key_width(layer_config: Any) -> int:
+    num_heads = int(getattr(layer_config, "num_attention_heads", 1) or 1)
+    heads = getattr(layer_config, "num_key_value_heads", None) or num_heads
+    width = getattr(layer_config, "head_dim", None) or int(layer_config.hidden_size) // num_heads
+    return int(heads) * int(width)
+
+
+def _cache_budget(model: Any) -> int:
+    device = torch.device(model.device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.6)
+    return _CPU_CACHE_BYTES

@@ -1,0 +1,40 @@
+"""Which device to use, and in which dtype it is fast."""
+
+from __future__ import annotations
+
+import torch
+
+from deepalign.errors import UserError, first_line
+
+
+def pick_device(device: str) -> torch.device:
+    """A device by name, or the best there is for "auto"; raises `UserError` where it cannot be used."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here: {first_line(error)}; try --device cpu") from error
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """A dtype by name, or the one that the device is fast in for "auto"; raises `UserError` for an unknown one."""
+    if dtype == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise UserError(f"--dtype {dtype} is not one of auto, {', '.join(known)}")
+    return known[dtype]
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; decided by its features, never by timing."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
