@@ -138,7 +138,9 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_a_users_mistake_is_one_line_and_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("deepalign.workflows.reporting.report_runs", run_raising(UserError("x is [bold]wrong[/bold] :a:")))
+    monkeypatch.setattr(
+        "deepalign.workflows.reporting.report_runs", run_raising(UserError("x is [bold]wrong[/bold] :a:"))
+    )
     assert cli.main(["report", "x"]) == 2
     assert one_line(capsys) == "deepalign: x is [bold]wrong[/bold] :a:"
 

@@ -130,7 +130,9 @@ def test_appended_records_come_back_in_order(run: RunFolder) -> None:
 def test_a_half_written_last_line_is_cut_on_opening(kept: int, padding: int) -> None:
     import tempfile
 
-    whole = "".join(to_json(message) + "\n" for message in (ONE, Message(role="é", content="x" * padding), TWO)).encode()
+    whole = "".join(
+        to_json(message) + "\n" for message in (ONE, Message(role="é", content="x" * padding), TWO)
+    ).encode()
     cut = whole[: max(0, len(whole) - kept)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.jsonl"
@@ -197,7 +199,11 @@ def test_a_full_disk_takes_the_part_back_and_says_so(run: RunFolder, room: int, 
         out.append([ONE])
     before = (run / "m.jsonl").read_bytes()
     monkeypatch.setattr(os, "write", half_full_write(room))
-    with pytest.raises(UserError, match=r"disk is full.*free space.*kept"), run.writing(), run.appender("m.jsonl") as out:
+    with (
+        pytest.raises(UserError, match=r"disk is full.*free space.*kept"),
+        run.writing(),
+        run.appender("m.jsonl") as out,
+    ):
         out.append([TWO, THREE])
     monkeypatch.undo()
     assert (run / "m.jsonl").read_bytes() == before
@@ -211,24 +217,33 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 64 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True, check=False
+    )
     if done.returncode != 0:
         pytest.skip("mounting a small file system is not allowed here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_really_full_disk_loses_nothing_and_is_resumed(tiny_disk: Path) -> None:
-    run = RunFolder(tiny_disk / "run")
-    kept = 0
-    with pytest.raises(UserError, match="disk is full"), run.writing():
+def fill(run: RunFolder, kept: list[Message]) -> None:
+    """Append records for as long as the disk takes them."""
+    batch = [Message(role="user", content="x" * 1000)] * 3
+    with run.writing():
         run.claim(CONFIG, {})
         with run.appender("m.jsonl") as out:
             while True:
-                out.append([Message(role="user", content="x" * 1000)] * 3)
-                kept += 3
-    assert kept > 9
-    assert len(run.records("m.jsonl", Message)) == kept
+                out.append(batch)
+                kept += batch
+
+
+def test_a_really_full_disk_loses_nothing_and_is_resumed(tiny_disk: Path) -> None:
+    run = RunFolder(tiny_disk / "run")
+    kept: list[Message] = []
+    with pytest.raises(UserError, match="disk is full"):
+        fill(run, kept)
+    assert len(kept) > 9
+    assert run.records("m.jsonl", Message) == kept
     with pytest.raises(UserError, match="disk is full"), run.writing():
         run.write_text("report.html", "y" * 60_000)
     assert names(run.path) - {".lock"} == {MANIFEST, "m.jsonl"}
@@ -237,7 +252,7 @@ def test_a_really_full_disk_loses_nothing_and_is_resumed(tiny_disk: Path) -> Non
         run.claim(CONFIG, {})
         with run.appender("m.jsonl") as out:
             out.append([ONE])
-    assert len(run.records("m.jsonl", Message)) == kept + 1
+    assert run.records("m.jsonl", Message) == [*kept, ONE]
 
 
 HOLDER = """
@@ -274,7 +289,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, below: bool)
     blocker = tmp_path / "file"
     blocker.write_text("x")
     run = RunFolder(blocker / "deep" / "run" if below else blocker)
-    with pytest.raises(UserError, match="cannot be written.*--output"), run.writing():
+    with pytest.raises(UserError, match=r"cannot be written.*--output"), run.writing():
         pytest.fail("nothing can be written there")
     assert blocker.read_text() == "x"
 

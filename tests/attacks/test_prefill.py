@@ -103,9 +103,12 @@ def test_a_seed_depends_on_the_runs_seed_and_the_key_alone() -> None:
 
 
 def test_seeds_do_not_change_between_versions() -> None:
-    """SHA-256 of the fields with 0x1f between them; a changed seed would make a resumed run two runs."""
+    """The first 16 digits of `printf '0\\x1fp1\\x1fprefill\\x1fk=5\\x1f0\\x1ftarget' | sha256sum`.
+
+    A changed seed would make a resumed run two runs.
+    """
     key = Key(prompt_id="p1", attack="prefill", variant="k=5", sample=0)
-    assert row_seed(0, key, "target") == 0xE1A2
+    assert row_seed(0, key, "target") == 0xB7A8FF04CB805009
     assert row_seed(0, key, "base") != row_seed(0, key, "target")
 
 

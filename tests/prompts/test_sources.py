@@ -76,7 +76,7 @@ def test_every_kind_of_file_gives_the_same_prompts(write: Any, name: str, conten
 
 @pytest.mark.parametrize("name", ["p.txt", "prompts"])
 def test_plain_lines_are_prompts_named_by_their_line(write: Any, name: str) -> None:
-    loaded = load_prompts(write("\ufeffOne?\n\n  Two, \"three\"?  \r\n", name))
+    loaded = load_prompts(write('\ufeffOne?\n\n  Two, "three"?  \r\n', name))
     assert [(prompt.prompt_id, prompt.text) for prompt in loaded.prompts] == [
         ("line-1", "One?"),
         ("line-3", 'Two, "three"?'),
@@ -107,13 +107,9 @@ def test_an_answer_keeps_its_white_space(write: Any) -> None:
 def test_columns_are_mapped(write: Any) -> None:
     columns = Columns(text="goal", answer="target", category="kind", prompt_id="nr")
     path = write("nr,goal,target,kind,text\n7,Do it,Sure,k,not this\n")
-    assert load_prompts(path, columns).prompts == (
-        Prompt(prompt_id="7", text="Do it", category="k", answer="Sure"),
-    )
+    assert load_prompts(path, columns).prompts == (Prompt(prompt_id="7", text="Do it", category="k", answer="Sure"),)
     path = write('{"nr": 7, "goal": "Do it", "target": "Sure", "kind": "k"}', "p.jsonl")
-    assert load_prompts(path, columns).prompts == (
-        Prompt(prompt_id="7", text="Do it", category="k", answer="Sure"),
-    )
+    assert load_prompts(path, columns).prompts == (Prompt(prompt_id="7", text="Do it", category="k", answer="Sure"),)
 
 
 def test_plain_lines_ignore_the_mapping(write: Any) -> None:
@@ -296,9 +292,7 @@ def test_a_limit_keeps_order_and_balance(categories: str, limit: int) -> None:
 
 
 @given(
-    st.lists(
-        st.fixed_dictionaries({"text": st.text(st.characters(exclude_categories=["Cs"]), min_size=1)}), min_size=1
-    )
+    st.lists(st.fixed_dictionaries({"text": st.text(st.characters(exclude_categories=["Cs"]), min_size=1)}), min_size=1)
 )
 def test_any_json_text_is_taken_or_refused_with_a_line(rows: list[dict[str, str]]) -> None:
     import tempfile

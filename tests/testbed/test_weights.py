@@ -292,7 +292,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 def test_a_cache_that_cannot_be_made(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="testbed:base cannot be kept in .*file"):
+    with pytest.raises(UserError, match=r"testbed:base cannot be kept in .*file"):
         weights.base_folder(tmp_path / "file" / "cache")
     assert registry.downloads == 0
 
@@ -300,7 +300,7 @@ def test_a_cache_that_cannot_be_made(registry: Registry, tmp_path: Path) -> None
 def test_names(registry: Registry, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(weights, "cache_folder", lambda: cache)
     assert weights.is_intact(testbed.folder("testbed:base"))
-    with pytest.raises(UserError, match="testbed:shalow.*testbed:base, testbed:shallow"):
+    with pytest.raises(UserError, match=r"testbed:shalow.*testbed:base, testbed:shallow"):
         testbed.folder("testbed:shalow")
 
 

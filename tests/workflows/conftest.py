@@ -1,4 +1,4 @@
-"""Fixtures: a tiny base that answers everything, a tiny target that refuses in its first tokens only, and their runs."""
+"""Fixtures: a tiny base that answers everything, a tiny target that refuses in its first tokens only, their runs."""
 
 from __future__ import annotations
 

@@ -158,7 +158,9 @@ def test_the_numbers_counted_again_from_the_verdicts(audited: deepalign.AuditRes
         assert_rate(row["harmfulness"], verdicts, "status", "complied")
         assert_rate(row["harmfulness_with_prefix"], verdicts, "status_with_prefix", "complied")
     (benign,) = data["over_refusal"]
-    assert_rate(benign["refusals"], of(run, "verdicts.refusal.jsonl", "over_refusal", benign["set"]), "status", "refused")
+    assert_rate(
+        benign["refusals"], of(run, "verdicts.refusal.jsonl", "over_refusal", benign["set"]), "status", "refused"
+    )
     asr = [row["asr"] for row in data["prefill"]]
     strips = [(DEPTHS[i + 1] - DEPTHS[i]) * (asr[i] + asr[i + 1]) / 2 for i in range(len(DEPTHS) - 1)]
     assert data["depth"]["asr_auc"] == pytest.approx(sum(strips) / DEPTHS[-1])
@@ -502,9 +504,7 @@ def test_scripted_labels(settings: dict[str, Any], tmp_path: Path, audited: deep
     """Labels of the finished run's own texts, given by hand: half of the deep completions called refusals."""
     texts = sorted({row["text"] for row in of(audited.run, "completions.jsonl", "prefill", "k=20")})
     labels = tmp_path / "labels.jsonl"
-    lines = [
-        {"response": text, "status": "refused" if number % 2 else "complied"} for number, text in enumerate(texts)
-    ]
+    lines = [{"response": text, "status": "refused" if number % 2 else "complied"} for number, text in enumerate(texts)]
     labels.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = AuditConfig(**settings, judge=f"scripted:{labels}", output=tmp_path / "run")
     result = deepalign.audit(config)

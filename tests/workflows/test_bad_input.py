@@ -14,7 +14,18 @@ from deepalign import cli
 from deepalign.workflows import audit as workflow
 
 Main = Callable[..., str]
-SMALL = ("--dtype", "float32", "--kl-dtype", "float32", "--device", "cpu", "--max-new-tokens", "8", "--kl-positions", "4")
+SMALL = (
+    "--dtype",
+    "float32",
+    "--kl-dtype",
+    "float32",
+    "--device",
+    "cpu",
+    "--max-new-tokens",
+    "8",
+    "--kl-positions",
+    "4",
+)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ seconds. Children are killed from outside at random moments, and kill themselves
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -280,13 +279,15 @@ def test_a_full_disk_in_the_middle_is_resumed(settings: dict[str, Any], tmp_path
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"depths": (0, 5)}, {"base": None}, {"judge": "scripted:LABELS"}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"depths": (0, 5)}, {"base": None}, {"judge": "scripted"}])
 def test_other_settings_do_not_resume(
     change: dict[str, Any], settings: dict[str, Any], tmp_path: Path, audited: deepalign.AuditResult
 ) -> None:
     labels = tmp_path / "labels.jsonl"
     labels.write_text("")
-    change = {name: str(value).replace("LABELS", str(labels)) if name == "judge" else value for name, value in change.items()}
+    change = {
+        name: str(value).replace("LABELS", str(labels)) if name == "judge" else value for name, value in change.items()
+    }
     with pytest.raises(UserError, match=f" {next(iter(change))}=.*--output"):
         deepalign.audit(AuditConfig(**{**settings, **change}, output=audited.run))
 
@@ -308,5 +309,4 @@ def test_changed_prompts_and_changed_weights_do_not_resume(
     with pytest.raises(UserError, match="prompt_hash="):
         deepalign.audit(config)
     mine.write_text("text\nHow do I do the bad thing 1?\n")
-    with contextlib.nullcontext():
-        deepalign.audit(config)
+    deepalign.audit(config)
