@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 audit: $(READY)
-	@$(BIN)/deepalign audit testbed:shallow --base testbed:base
+	@$(BIN)/deepalign audit testbed:shallow --base testbed:base --limit 60
 
 test: $(READY)
 	@$(BIN)/python -m pytest

@@ -15,9 +15,9 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from benchmarks import kl, prefill_curve  # noqa: E402 - the quiet settings must come before transformers
-from benchmarks.compare import Comparison  # noqa: E402
-from deepalign.runs import environment  # noqa: E402
+from benchmarks import kl, prefill_curve
+from benchmarks.compare import Comparison
+from deepalign.runs import environment
 
 BENCHMARKS = {"prefill_curve": prefill_curve.compare, "kl": kl.compare}
 ROOT = Path(__file__).resolve().parents[1]

@@ -56,7 +56,13 @@ def compare(
         "time": statistics.median(seconds["ours"]) / statistics.median(seconds["theirs"]),
         "memory": statistics.median(memory["ours"]) / max(1, statistics.median(memory["theirs"])),
     }
-    figures = {"name": name, "settings": settings, "seconds": seconds, "peak_bytes_over_start": memory, "ratios": ratios}
+    figures = {
+        "name": name,
+        "settings": settings,
+        "seconds": seconds,
+        "peak_bytes_over_start": memory,
+        "ratios": ratios,
+    }
     return Comparison(name=name, device=device.type, figures=figures)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepalign import generation
+from deepalign import batching
 from deepalign.errors import UserError
 from deepalign.generation import Continuation, Job, generate
 from deepalign.records import Sampling
@@ -389,7 +389,7 @@ def test_batches_stay_within_the_memory_for_keys_and_values(
     model = random_model("llama")
     jobs = [job(prompt(8, seed)) for seed in range(7)]
     expected = written(model, jobs)
-    monkeypatch.setattr(generation, "_CPU_CACHE_BYTES", 512 * 20 * 3)
+    monkeypatch.setattr(batching, "_CPU_CACHE_BYTES", 512 * 20 * 3)
     rows: list[int] = []
     watch(model, lambda ids_BT: rows.append(len(ids_BT)))
     assert written(model, jobs) == expected

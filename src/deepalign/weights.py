@@ -38,16 +38,25 @@ def load_parts(name: str, revision: str | None, dtype: torch.dtype, adapter_base
         folder = testbed.folder(name)
         parts = _load_folder(name, folder, dtype, adapter_base)
         return Parts(model=parts.model, tokenizer=parts.tokenizer, source="testbed")
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = _local_path(name)
+    if path is not None and path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{name} is a file but not a .gguf; give the folder that holds the model's config.json")
         return _load_gguf(name, path.parent, path.name, dtype)
-    if path.is_dir():
+    if path is not None and path.is_dir():
         return _load_folder(name, path, dtype, adapter_base)
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise UserError(f"no model at {name}: no such folder, and not a hub id (owner/name) or testbed name")
+        raise UserError(f"no model at {name[:200]}: no such folder, and not a hub id (owner/name) or testbed name")
     return _load_hub(name, revision, dtype, adapter_base)
+
+
+def _local_path(name: str) -> Path | None:
+    """The file or folder of that name; None for text that the system cannot take for a path, or that is not there."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def _load_folder(name: str, folder: Path, dtype: torch.dtype, adapter_base: str | None) -> Parts:
