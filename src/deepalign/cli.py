@@ -60,6 +60,7 @@ def audit(config: Annotated[AuditConfig, Parameter(name="*")]) -> None:
     """Measure how many tokens deep a model's safety alignment goes."""
     with _working() as progress:
         workflow = importlib.import_module("deepalign.workflows.audit")
+        out.print(f"run folder {workflow.output_folder(config)}", highlight=False, soft_wrap=True)
         result = workflow.audit(config, progress)
     _show(result.metrics)
     out.print(f"\nreport  {result.report}\nrun     {result.run}", highlight=False, soft_wrap=True)
@@ -148,7 +149,7 @@ def _working() -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=err, refresh_per_second=4) as bars:
+    with Progress(*columns, console=err, refresh_per_second=4, disable=not err.is_terminal) as bars:
         handler = _Notices(bars.console)
         logger = logging.getLogger("deepalign")
         logger.addHandler(handler)
@@ -191,5 +192,8 @@ def _quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+    if "transformers" in sys.modules:
+        # Its bars read the settings once, when it is imported; a caller of `main` may have done that long ago.
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -38,8 +37,6 @@ _NEEDS_BASE = ("refusal-prefix", "kl")
 # What does not change the result, and so may differ when a run is resumed.
 _PRESENTATION = ("output", "show_completions", "max_batch", "skip_swap_check")
 _NUM_FIRST_IDS = 12
-
-logger = logging.getLogger("deepalign")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +85,6 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
     progress("loading models", 1, 1)
     with run.writing():
         run.claim(_identity(config, inputs, models), _facts(config, inputs, models))
-        logger.info("run folder %s", run.path)
         if config.base is not None and not config.skip_swap_check and "swap_check" not in run.manifest:
             prompts = inputs.prompt_set.prompts
             run.note(swap_check=check_not_swapped(target, models.get("base"), prompts, config.system_prompt))
