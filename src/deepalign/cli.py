@@ -60,7 +60,6 @@ def audit(config: Annotated[AuditConfig, Parameter(name="*")]) -> None:
     """Measure how many tokens deep a model's safety alignment goes."""
     with _working() as progress:
         workflow = importlib.import_module("deepalign.workflows.audit")
-        out.print(f"run folder {workflow.output_folder(config)}", highlight=False, soft_wrap=True)
         result = workflow.audit(config, progress)
     _show(result.metrics)
     out.print(f"\nreport  {result.report}\nrun     {result.run}", highlight=False, soft_wrap=True)

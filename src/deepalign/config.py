@@ -37,7 +37,7 @@ class AuditConfig:
     """The model that it was aligned from, for the KL and refusal-prefix probes; same vocabulary."""
 
     output: Path | None = None
-    """Run folder; default a new one under runs/, printed at the start. The same command resumes it."""
+    """Run folder; default one under runs/, printed at the end. The same command resumes it."""
 
     prompts: str = "should-refuse"
     """Should-refuse prompts: a built-in set (see `deepalign list`), or a CSV, JSONL or text file."""
