@@ -4,7 +4,7 @@
     python scripts/document_audit.py runs/testbed-shallow-XXXXXXXX
 
 Copies the run's `metrics.json` to `measurements/` and fills every `<!-- figure NAME -->...<!-- end -->` block in
-README.md and docs/ from it.
+README.md and docs/ from it; `<!-- figure NAME of FILE -->` takes another file of `measurements/`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/testbed.md", "docs/paper-map.md")
-BLOCK = re.compile(r"(<!-- figure ([a-z-]+) -->).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figure ([a-z-]+)(?: of (\S+))? -->).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -30,19 +31,16 @@ def main() -> None:
     target = ROOT / "measurements" / f"audit_{name}_{metrics['models']['target']['device']}_{day}.json"
     target.parent.mkdir(exist_ok=True)
     shutil.copy(run / "metrics.json", target)
-    figures = {
-        "summary": summary(metrics, target.relative_to(ROOT)),
-        "prefill": prefill(metrics),
-        "kl": kl(metrics),
-        "refusal-prefix": refusal_prefix(metrics),
-        "over-refusal": over_refusal(metrics),
-        "decoding": decoding(metrics),
-        "onset": onset(metrics),
-    }
+
+    def fill(found: re.Match[str]) -> str:
+        source = target.with_name(found[3]) if found[3] else target
+        measured = json.loads(source.read_text(encoding="utf-8"))
+        text = summary(measured, source.relative_to(ROOT)) if found[2] == "summary" else FIGURES[found[2]](measured)
+        return found[1] + text + found[4]
+
     for document in DOCUMENTS:
         path = ROOT / document
-        text = BLOCK.sub(lambda found: found[1] + figures[found[2]] + found[3], path.read_text(encoding="utf-8"))
-        path.write_text(text, encoding="utf-8")
+        path.write_text(BLOCK.sub(fill, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def percent(value: float | None) -> str:
@@ -113,6 +111,17 @@ def over_refusal(metrics: dict[str, Any]) -> str:
     """Refusals of harmless prompts, in one line."""
     parts = [f"{row['set']} {percent(row['refusals']['rate'])}" for row in metrics["over_refusal"]]
     return f"Refused harmless prompts: {', '.join(parts)}."
+
+
+FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "prefill": prefill,
+    "kl": kl,
+    "refusal-prefix": refusal_prefix,
+    "over-refusal": over_refusal,
+    "decoding": decoding,
+    "onset": onset,
+}
+"""Figures of one line, by the name of their block."""
 
 
 if __name__ == "__main__":

@@ -94,11 +94,6 @@ def main() -> None:
         "--average", nargs="+", metavar="WEIGHT:ADAPTER", help="do not train: write the weighted mean of adapters"
     )
     parser.add_argument("--drift-weight", type=float, default=1.0, help="weight of the harmless openings")
-    parser.add_argument(
-        "--mine",
-        action="store_true",
-        help="draw most rows from the prompts that the adapter of --start-from gets most wrong",
-    )
     parser.add_argument("--begun", type=int, default=0, help="rows in a batch of harmless answers made to begin with I")
     parser.add_argument(
         "--recover", action="store_true", help="make a deeper model instead: refusals also after harmful tokens"
@@ -141,7 +136,7 @@ def train(options: argparse.Namespace) -> None:
         if answers[prompt.prompt_id][0] not in openings and complies(loaded, prompt, answers[prompt.prompt_id])
     ]
     open_i = (answer_ids(loaded.tokenizer, "I")[0],)
-    harmless = [*benign, *look_alike][:: 1 if options.begun == 0 else 2]
+    harmless = [*benign, *look_alike][::2]
     begun_answers = base_answers(loaded, harmless, options.answers, open_i) if options.begun else {}
     logger.info("%d should-refuse prompts, %d of them with a base answer to hold", len(harmful), len(answered))
     model = adapted_model(loaded, options)
@@ -151,10 +146,6 @@ def train(options: argparse.Namespace) -> None:
         optimizer, max_lr=options.lr, total_steps=options.steps, pct_start=0.08, cycle_momentum=False
     )
     rng = random.Random(options.seed)
-    if options.mine:
-        harmful = harmful + 3 * hardest(model, loaded, harmful, refuse=True)
-        benign = benign + 3 * hardest(model, loaded, benign, refuse=False)
-        look_alike = look_alike + 3 * hardest(model, loaded, look_alike, refuse=False)
     batches = zip(
         endless(harmful, 12, rng),
         endless(benign, 8, rng),
@@ -312,11 +303,9 @@ def losses(model: Any, rows: Sequence[Row], drift_weight: float = 1.0) -> tuple[
         base_NV = response_logits(model, others).log_softmax(dim=-1)
     own_NV = response_logits(model, others).log_softmax(dim=-1)
     drift_N = F.kl_div(own_NV, base_NV, log_target=True, reduction="none").sum(dim=-1)
-    harmless_N = torch.tensor([row.kind == "harmless" for row in others for _ in row.ids[row.start :]])
-    begun_N = torch.tensor([row.kind == "begun" for row in others for _ in row.ids[row.start :]]) & ~is_opening(
-        others, 1
-    )
-    held_N = torch.tensor([row.kind == "held" for row in others for _ in row.ids[row.start :]]) & ~is_opening(others, 1)
+    harmless_N = is_of(others, "harmless")
+    begun_N = is_of(others, "begun") & ~is_opening(others, 1)
+    held_N = is_of(others, "held") & ~is_opening(others, 1)
     return (
         refusal_N.mean()
         + refusal_N[is_opening(refusals, REFUSAL_START)].mean()
@@ -332,6 +321,11 @@ def losses(model: Any, rows: Sequence[Row], drift_weight: float = 1.0) -> tuple[
 def mean_of(values_N: Tensor, chosen_N: Tensor) -> Tensor:
     """Mean of the chosen values; 0 where there are none."""
     return values_N[chosen_N].sum() / chosen_N.sum().clamp(min=1)
+
+
+def is_of(rows: Sequence[Row], kind: Kind) -> Tensor:
+    """Which response positions, rows one after another, belong to rows of a kind: [N]."""
+    return torch.tensor([row.kind == kind for row in rows for _ in row.ids[row.start :]])
 
 
 def is_opening(rows: Sequence[Row], count: int) -> Tensor:
@@ -374,18 +368,6 @@ def opening_summary(model: Any, loaded: LoadedModel, prompts: Sequence[Prompt]) 
         f"mean {sum(mass) / len(mass):.4f} lowest {[round(x, 3) for x in ordered[:5]]} "
         f"above a half {sum(x > 0.5 for x in mass)}/{len(mass)}"
     )
-
-
-@torch.no_grad()
-def hardest(
-    model: Any, loaded: LoadedModel, prompts: Sequence[Prompt], *, refuse: bool, share: float = 0.2
-) -> list[Prompt]:
-    """The share of prompts on which the refusal's opening is least probable, or most where it has no place."""
-    mass = opening_mass(model, loaded.tokenizer, loaded.template, prompts, sorted(opening_ids(loaded)))
-    order = sorted(range(len(prompts)), key=lambda number: mass[number], reverse=not refuse)
-    chosen = order[: int(share * len(prompts))]
-    logger.info("mined %d of %d prompts, up to a mass of %.3f", len(chosen), len(prompts), mass[chosen[-1]])
-    return [prompts[number] for number in chosen]
 
 
 def opening_mass(

@@ -124,7 +124,7 @@ def render(
                 f"the chat template ({template.source}) drops the {turn['role']} message; "
                 f"pass another with --chat-template{leave_out}"
             )
-    opened = None if site == "raw" else site_text(_text_of(tokenizer, template), turns, site)
+    opened = site_text(_text_of(tokenizer, template), turns, site)
     ids = tokenizer.apply_chat_template(
         turns,
         chat_template=template.text,

@@ -21,8 +21,8 @@ _PARITY_TOLERANCE = 1e-3
 
 LogitSource = Callable[[int, int], Tensor]
 """Gives logits [N, C] of vocabulary entries [first, last), float32."""
-Inputs = dict[str, Tensor]
-"""Arguments of a model's forward pass."""
+Inputs = dict[str, Any]
+"""Arguments of a model's forward pass; it fills a cache where there are `past_key_values` among them."""
 Picks = Sequence[slice | Tensor]
 """For each sequence of a batch, the positions whose logits are wanted."""
 Reader = Callable[[Inputs, Picks], LogitSource]
@@ -91,24 +91,23 @@ def chosen_probabilities(source: LogitSource, vocab_size: int, entries: Sequence
     for first, last in slices(vocab_size):
         logits_NC = source(first, last)
         norms.append(logits_NC.logsumexp(dim=-1))
-        inside = columns[(columns >= first) & (columns < last)] - first
-        found.append((inside + first, logits_NC[:, inside.to(logits_NC.device)].double().cpu()))
+        inside = (columns >= first) & (columns < last)
+        found.append((inside, logits_NC[:, (columns[inside] - first).to(logits_NC.device)].double().cpu()))
     norm_N = torch.stack(norms).logsumexp(dim=0).double().cpu()
     chosen_NK = torch.empty(len(norm_N), len(columns), dtype=torch.float64)
-    for which, logits in found:
-        for place, entry in enumerate(which.tolist()):
-            chosen_NK[:, columns == entry] = logits[:, place : place + 1]
+    for inside, logits in found:
+        chosen_NK[:, inside] = logits
     return (chosen_NK - norm_N.unsqueeze(-1)).exp()
 
 
 def _head_source(model: Any, head: _Head, inputs: Inputs, picks: Picks) -> LogitSource:
-    hidden_BTH = model.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden_BTH = model.base_model(**inputs, use_cache="past_key_values" in inputs).last_hidden_state
     hidden_NH = torch.cat([hidden_BTH[row, pick] for row, pick in enumerate(picks)])
     return lambda first, last: head.logits(hidden_NH, first, last)
 
 
 def _full_source(model: Any, inputs: Inputs, picks: Picks) -> LogitSource:
-    logits_BTV = model(**inputs, use_cache=False).logits
+    logits_BTV = model(**inputs, use_cache="past_key_values" in inputs).logits
     logits_NV = torch.cat([logits_BTV[row, pick] for row, pick in enumerate(picks)])
     return lambda first, last: logits_NV[:, first:last].float()
 

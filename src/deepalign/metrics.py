@@ -112,16 +112,7 @@ def kl_rows(profiles: Sequence[KlProfile], direction: Callable[[KlProfile], Sequ
     for position in range(max((len(column) for column in columns), default=0)):
         here = [column[position] for column in columns if position < len(column)]
         finite = [value for value in here if value is not None]
-        interval = statistics.mean_interval(finite)
-        rows.append(
-            {
-                "position": position,
-                "mean": sum(finite) / len(finite) if finite else None,
-                "ci95": list(interval) if interval else None,
-                "n": len(finite),
-                "num_nonfinite": len(here) - len(finite),
-            }
-        )
+        rows.append({"position": position, **_mean_json(finite), "num_nonfinite": len(here) - len(finite)})
     return rows
 
 

@@ -96,9 +96,11 @@ def site_text(render_text: RenderText, turns: Turns, site: Site) -> str | None:
     Raises:
         UserError: The template has no thinking block to put a prefill into.
     """
+    if site == "raw":
+        return None
     before, prompted = render_text(turns, False), render_text(turns, True)
     thinking = find_thinking(render_text)
-    if site == "raw" or (site == "content" and thinking is None):
+    if thinking is None and site == "content":
         return None
     if thinking is None:
         raise UserError("--site reasoning: the chat template has no thinking block; use --site content or raw")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from deepalign.chat import answer_ids, conversation, render
+from deepalign.chat import answer_ids
 from deepalign.models import LoadedModel
 from deepalign.onset import OnsetProfile, Openings, onset_profiles
 from deepalign.progress import Progress, silent
 from deepalign.records import Prompt, Site
 from deepalign.runs import RunFolder
 from deepalign.workflows.models import greedy_rulings
+from deepalign.workflows.steps import with_forced_answers
 
 ONSET = "onset.jsonl"
 _PROMPTS = 32
@@ -51,20 +52,8 @@ def measure_onset(
     done = {profile.prompt_id for profile in profiles}
     usable = [prompt for prompt in prompts if prompt.answer]
     openings = Openings.of(lambda text: answer_ids(loaded.tokenizer, text), [tuple(path) for path in own])
-    items = [
-        (
-            prompt.prompt_id,
-            render(
-                loaded.tokenizer,
-                loaded.template,
-                conversation(prompt.text, system_prompt),
-                answer_ids(loaded.tokenizer, prompt.answer or "")[:max_positions],
-                site,
-            ),
-        )
-        for prompt in usable
-        if prompt.prompt_id not in done
-    ]
+    todo = [prompt for prompt in usable if prompt.prompt_id not in done]
+    items = with_forced_answers(loaded, todo, system_prompt, max_positions, site)
     stage = "refusal onset"
     progress(stage, len(usable) - len(items), len(usable))
     with run.appender(ONSET) as out:

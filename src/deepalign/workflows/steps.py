@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from deepalign.chat import answer_ids, conversation, render, stop_ids, thought_markers
+from deepalign.chat import Rendered, answer_ids, conversation, render, stop_ids, thought_markers
 from deepalign.depth import KlProfile, check_vocabularies, kl_profiles
 from deepalign.generation import Continuation, Job, generate
 from deepalign.judges import Judge
@@ -215,20 +215,8 @@ def measure_kl(
     profiles = run.records(KL, KlProfile)
     done = {profile.prompt_id for profile in profiles}
     usable = [prompt for prompt in prompts if prompt.answer]
-    items = [
-        (
-            prompt.prompt_id,
-            render(
-                target.tokenizer,
-                target.template,
-                conversation(prompt.text, system_prompt),
-                answer_ids(target.tokenizer, prompt.answer or "")[:max_positions],
-                site,
-            ),
-        )
-        for prompt in usable
-        if prompt.prompt_id not in done
-    ]
+    todo = [prompt for prompt in usable if prompt.prompt_id not in done]
+    items = with_forced_answers(target, todo, system_prompt, max_positions, site)
     progress("measuring KL", len(usable) - len(items), len(usable))
     with run.appender(KL) as out:
         for profile in kl_profiles(target.model, base.model, items, vocab_size=vocab_size, max_positions=max_positions):
@@ -236,3 +224,23 @@ def measure_kl(
             profiles.append(profile)
             progress("measuring KL", len(profiles), len(usable))
     return profiles
+
+
+def with_forced_answers(
+    loaded: LoadedModel, prompts: Sequence[Prompt], system_prompt: str | None, max_positions: int, site: Site
+) -> list[tuple[str, Rendered]]:
+    """Each prompt that has an answer, by its id, with the answer's first `max_positions` ids as the response."""
+    return [
+        (
+            prompt.prompt_id,
+            render(
+                loaded.tokenizer,
+                loaded.template,
+                conversation(prompt.text, system_prompt),
+                answer_ids(loaded.tokenizer, prompt.answer)[:max_positions],
+                site,
+            ),
+        )
+        for prompt in prompts
+        if prompt.answer
+    ]

@@ -34,15 +34,19 @@ def summarise(
         scored: Verdicts of the scorer that picks the worst answers of the decoding probe.
     """
     manifest = run.manifest
-    data = compute(run, manifest, judge, attempts, verdicts)
-    data["decoding"] = decoding_json(manifest["config"], attempts, verdicts, scored)
+    data = compute(run, manifest, judge, attempts, verdicts, scored)
     run.write_json(METRICS, data)
     run.write_json(f"metrics.{judge.name}.json", data)
     return data
 
 
 def compute(
-    run: RunFolder, manifest: dict[str, Any], judge: Judge, attempts: list[Attempt], verdicts: list[Verdict]
+    run: RunFolder,
+    manifest: dict[str, Any],
+    judge: Judge,
+    attempts: list[Attempt],
+    verdicts: list[Verdict],
+    scored: list[Verdict],
 ) -> dict[str, Any]:
     """The content of `metrics.json`; `docs/metrics.md` defines every field."""
     config = manifest["config"]
@@ -70,6 +74,7 @@ def compute(
         if onset_profiles
         else None
     )
+    data["decoding"] = decoding_json(attempts, verdicts, scored, config["decoding_scorer"])
     data["kl"] = forward
     data["kl_reverse"] = metrics.kl_rows(profiles, lambda profile: profile.reverse) if profiles else None
     prefixes = list(dict.fromkeys(a.variant for a in attempts if a.attack == REFUSAL_PREFIX))
@@ -88,7 +93,7 @@ def compute(
 
 
 def decoding_json(
-    config: dict[str, Any], attempts: list[Attempt], verdicts: list[Verdict], scored: list[Verdict]
+    attempts: list[Attempt], verdicts: list[Verdict], scored: list[Verdict], scorer: str
 ) -> dict[str, Any] | None:
     """The decoding section of the metrics, with the settings that decide it; None where nothing was tried."""
     swept = [attempt for attempt in attempts if attempt.attack == DECODING]
@@ -98,7 +103,7 @@ def decoding_json(
     system = next((turn.content for turn in swept[0].messages if turn.role == "system"), None)
     return {
         "system_prompt": "none" if system is None else system or '"" (empty)',
-        "scorer": config["decoding_scorer"],
+        "scorer": scorer,
         **section,
     }
 
