@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepalign import batching
+from deepalign import batching, generation
 from deepalign.errors import UserError
 from deepalign.generation import Continuation, Job, generate
 from deepalign.records import Sampling
@@ -234,6 +234,15 @@ def test_out_of_memory_halves_the_batch(error: Exception, most_rows: int, random
     assert written(model, jobs) == expected
 
 
+@pytest.fixture(params=[True, False], ids=["shared", "apart"])
+def shared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With and without shared prefixes, whatever the model allows, and without the passes that find that out."""
+    value: bool = request.param
+    monkeypatch.setattr(generation, "shares_attention", lambda *_: value)
+    return value
+
+
+@pytest.mark.usefixtures("shared")
 def test_out_of_memory_in_the_middle_loses_and_doubles_nothing(random_model: Callable[..., Any]) -> None:
     """Memory runs out at the fifth step, after some rows have ended and been given out."""
     model, jobs = random_model("llama"), mixed_jobs()
@@ -363,6 +372,7 @@ def test_single_tokens_and_nothing_at_all(random_model: Callable[..., Any]) -> N
         assert list(generate(model, [], stop_ids=())) == []
 
 
+@pytest.mark.usefixtures("shared")
 def test_prefixes_and_duplicates_share_one_forward_pass(random_model: Callable[..., Any]) -> None:
     """What prefill depths cost: the longest sequence once, and one row each from there on."""
     model = random_model("llama")
@@ -383,14 +393,18 @@ def test_a_full_window_shares_nothing(random_model: Callable[..., Any]) -> None:
 
 
 def test_batches_stay_within_the_memory_for_keys_and_values(
-    random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
-    """Keys and values of 2 layers x 2 heads x 8 x float32, twice over: 512 bytes a token, 20 tokens a row."""
+    """Keys and values of 2 layers x 2 heads x 8 x float32, twice over: 512 bytes a token, 8 + 12 tokens a row."""
     model = random_model("llama")
-    jobs = [job(prompt(8, seed)) for seed in range(7)]
-    expected = written(model, jobs)
+    apart, alike = [job(prompt(8, seed)) for seed in range(7)], [job(prompt(8, 0), seed=seed) for seed in range(7)]
+    expected = written(model, apart), written(model, alike)
     monkeypatch.setattr(batching, "_CPU_CACHE_BYTES", 512 * 20 * 3)
     rows: list[int] = []
     watch(model, lambda ids_BT: rows.append(len(ids_BT)))
-    assert written(model, jobs) == expected
+    assert written(model, apart) == expected[0]
     assert max(rows) == 3
+    rows.clear()
+    assert written(model, alike) == expected[1]
+    # Sixty tokens: one prefix and the new tokens of four rows, or three whole rows.
+    assert max(rows) == (4 if shared else 3)

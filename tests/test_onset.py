@@ -53,7 +53,7 @@ def measured(model: Any, items: Any = ITEMS, **settings: Any) -> dict[str, Onset
 @pytest.fixture
 def all_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onset, "_LEAST_MASS", 0.0)
-    monkeypatch.setattr(onset, "_MOST_BRANCHES", 10**6)
+    monkeypatch.setattr(onset, "_MOST_BRANCHES", 100)
 
 
 @pytest.mark.usefixtures("all_branches")
@@ -63,11 +63,11 @@ def all_branches(monkeypatch: pytest.MonkeyPatch) -> None:
         ("llama", {}, True),
         ("llama", {"tie_word_embeddings": True}, True),
         ("qwen3", {}, True),
-        ("gemma3_text", {"sliding_window": 64}, True),
+        ("gemma3_text", {"sliding_window": 512}, True),
         ("gpt2", {}, True),
         ("phi", {}, True),
         ("mixtral", {"num_local_experts": 4}, True),
-        # A window that cuts off what a branch should see no less than what a plain sequence does not.
+        # Windows that forget: beginnings put behind the answer would lose what a plain sequence still sees.
         ("mistral", {"sliding_window": 4}, False),
         ("bloom", {"n_head": 4, "n_layer": 2}, False),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, False),
@@ -83,14 +83,14 @@ def test_equals_brute_force(
 ) -> None:
     model = random_model(model_type, **config)
     ways = set()
-    honest = onset._BranchReader._same_both_ways
+    honest = onset._reads_together
 
-    def noting(self: Any, *args: Any) -> bool:
-        same = honest(self, *args)
+    def noting(*args: Any) -> bool:
+        same = honest(*args)
         ways.add(same)
         return same
 
-    monkeypatch.setattr(onset._BranchReader, "_same_both_ways", noting)
+    monkeypatch.setattr(onset, "_reads_together", noting)
     found = measured(model, batch=4)
     assert set(found) == {name for name, _ in ITEMS}
     for name, rendered in ITEMS:
@@ -126,7 +126,8 @@ def test_what_is_not_branched_on_counts_by_the_share_of_what_is(
 
 def test_small_masses_cost_no_pass(random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onset, "_LEAST_MASS", 1.1)
-    monkeypatch.setattr(onset._BranchReader, "_next", lambda *_: pytest.fail("read a branch"))
+    monkeypatch.setattr(onset, "_reads_together", lambda *_: True)
+    monkeypatch.setattr(onset._Together, "after", lambda *_: pytest.fail("read a branch"))
     found = measured(random_model("llama"))
     assert {profile.branched for profile in found.values()} == {0.0}
     # With nothing to go by, all of it may be the beginning of a refusal.

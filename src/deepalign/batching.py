@@ -1,10 +1,13 @@
-"""Which rows go through the model together: like lengths, shared prefixes, and no more than memory holds."""
+"""What generation takes and gives, and which rows go through the model together.
+
+Rows of like length and those that share a prefix, and no more than memory holds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +23,19 @@ class Job:
     ids: tuple[int, ...]
     sampling: Sampling
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Continuation:
+    """What came after a job's ids."""
+
+    index: int
+    """Position of the job in the list that was given."""
+    status: Literal["ok", "failed"]
+    token_ids: tuple[int, ...] = ()
+    """The ids that were written, without the stop token."""
+    finish: Literal["stop", "length", ""] = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,19 +60,29 @@ def with_hosts(jobs: Sequence[Job], fitting: Sequence[int]) -> list[Row]:
     return rows
 
 
-def batches(model: Any, rows: list[Row], max_batch: int) -> Iterator[list[Row]]:
-    """Rows of like length together, hosts kept whole where they fit, within the memory for keys and values."""
+def batches(model: Any, rows: list[Row], max_batch: int, *, shared: bool) -> Iterator[list[Row]]:
+    """Rows of like length together, hosts kept whole where they fit, within the memory for keys and values.
+
+    Args:
+        model: Whose memory and sizes count.
+        rows: What to lay out.
+        max_batch: Most rows of a batch.
+        shared: Whether a host's keys and values are held once, not by each of its rows.
+    """
     budget = _cache_budget(model) // max(1, _bytes_per_token(model))
     ordered = sorted(rows, key=lambda row: (len(row.host), row.host, len(row.job.ids)))
     batch: list[Row] = []
-    longest = 0
+    hosts: set[tuple[int, ...]] = set()
+    longest = newest = 0
     for row in ordered:
-        length = len(row.host) + row.job.sampling.max_new_tokens
-        if batch and (len(batch) >= max_batch or (len(batch) + 1) * max(longest, length) > budget):
+        longest, newest = max(longest, len(row.host)), max(newest, row.job.sampling.max_new_tokens)
+        num_hosts = len(hosts | {row.host}) if shared else len(batch) + 1
+        if batch and (len(batch) >= max_batch or num_hosts * longest + (len(batch) + 1) * newest > budget):
             yield batch
-            batch, longest = [], 0
+            batch, hosts = [], set()
+            longest, newest = len(row.host), row.job.sampling.max_new_tokens
         batch.append(row)
-        longest = max(longest, length)
+        hosts.add(row.host)
     if batch:
         yield batch
 

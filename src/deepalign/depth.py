@@ -69,7 +69,7 @@ def kl_profiles(
         batch: Sequences in one forward pass.
     """
     kept = [(name, *_clip(rendered, max_positions)) for name, rendered in items]
-    kept = sorted((item for item in kept if item[2] > 0), key=lambda item: len(item[1]))
+    kept = sorted((item for item in kept if item[2] > 0), key=lambda item: -len(item[1]))
     if not kept:
         return
     with evaluation_mode(model), evaluation_mode(base):
@@ -93,24 +93,52 @@ def kl_profiles(
 def kl_by_slices(
     ours: LogitSource, theirs: LogitSource, vocab_size: int, slice_size: int = VOCABULARY_SLICE
 ) -> tuple[Tensor, Tensor]:
-    """D(p || q) and D(q || p), each [N], from two logit sources read slice by slice, twice.
+    """D(p || q) and D(q || p), each [N] in float64, from two logit sources, each read once.
 
-    An entry that both models rule out (-inf in both) adds nothing; one that only one rules out makes that direction
-    infinite, as it should be.
+    With a, b the logits and A, B the logarithms of their normalisers, D(p || q) = sum of p (a - b) - A + B: both sums
+    are kept up as in an online softmax while the slices come, in float64 from slice to slice. An entry that both models rule out (-inf in both) adds
+    nothing; one that only one rules out makes that direction infinite, as it should be.
     """
-    bounds = list(slices(vocab_size, slice_size))
-    norm_p = torch.stack([ours(*bound).logsumexp(dim=-1) for bound in bounds]).logsumexp(dim=0)
-    norm_q = torch.stack([theirs(*bound).logsumexp(dim=-1) for bound in bounds]).logsumexp(dim=0)
-    forward = torch.zeros_like(norm_p, dtype=torch.float64)
-    reverse = torch.zeros_like(forward)
-    for bound in bounds:
-        log_p = ours(*bound) - norm_p.unsqueeze(-1)
-        log_q = theirs(*bound) - norm_q.unsqueeze(-1)
-        ratio = log_p - log_q
-        # 0 * (-inf - x) is 0 by convention.
-        forward += torch.where(log_p == -torch.inf, 0.0, log_p.exp() * ratio).sum(dim=-1, dtype=torch.float64)
-        reverse -= torch.where(log_q == -torch.inf, 0.0, log_q.exp() * ratio).sum(dim=-1, dtype=torch.float64)
-    return forward, reverse
+    sums_p, sums_q = _OnlineSums(), _OnlineSums()
+    for bound in slices(vocab_size, slice_size):
+        ours_NC, theirs_NC = ours(*bound), theirs(*bound)
+        ratio_NC = ours_NC - theirs_NC
+        ruled_out = not bool(torch.isfinite(ratio_NC.sum()))
+        # What a model rules out has no weight in its sum, whatever the ratio; looked for only where there is any.
+        sums_p.add(ours_NC, torch.where(ours_NC == -torch.inf, 0.0, ratio_NC) if ruled_out else ratio_NC)
+        sums_q.add(theirs_NC, torch.where(theirs_NC == -torch.inf, 0.0, ratio_NC) if ruled_out else ratio_NC)
+    norm_p_N, mean_p_N = sums_p.result()
+    norm_q_N, mean_q_N = sums_q.result()
+    return mean_p_N - norm_p_N + norm_q_N, norm_p_N - norm_q_N - mean_q_N
+
+
+class _OnlineSums:
+    """Logarithm of a softmax's normaliser, and the mean of values under it, kept up over slices of the logits."""
+
+    def __init__(self) -> None:
+        self._top_N: Tensor | None = None
+        self._total_N: Tensor
+        self._weighted_N: Tensor
+
+    def add(self, logits_NC: Tensor, values_NC: Tensor) -> None:
+        """Take in one slice."""
+        # A slice that a model rules out as a whole weighs nothing, rather than being no number.
+        top_N = logits_NC.amax(dim=-1).clamp(min=torch.finfo(logits_NC.dtype).min)
+        if self._top_N is None:
+            self._top_N = top_N
+            self._total_N = torch.zeros_like(top_N, dtype=torch.float64)
+            self._weighted_N = torch.zeros_like(self._total_N)
+        higher_N = torch.maximum(self._top_N, top_N)
+        fade_N = (self._top_N - higher_N).double().exp()
+        weights_NC = (logits_NC - higher_N.unsqueeze(-1)).exp_()
+        self._total_N = self._total_N * fade_N + weights_NC.sum(dim=-1).double()
+        self._weighted_N = self._weighted_N * fade_N + weights_NC.mul_(values_NC).sum(dim=-1).double()
+        self._top_N = higher_N
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The logarithm of the normaliser and the mean, each [N] in float64."""
+        assert self._top_N is not None
+        return self._top_N.double() + self._total_N.log(), self._weighted_N / self._total_N
 
 
 def _clip(rendered: Rendered, max_positions: int) -> tuple[tuple[int, ...], int]:

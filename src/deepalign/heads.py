@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Shape suffixes: B = sequences, T = positions of one, N = chosen positions, H = hidden width, V = vocabulary,
 # C = a slice of it, K = chosen entries of it.
-VOCABULARY_SLICE = 8192
+VOCABULARY_SLICE = 2048
 _PARITY_TOLERANCE = 1e-3
 
 LogitSource = Callable[[int, int], Tensor]
@@ -41,7 +41,9 @@ class _Head:
     def logits(self, hidden_NH: Tensor, first: int, last: int) -> Tensor:
         """Logits of vocabulary entries [first, last), float32."""
         bias = None if self.bias_V is None else self.bias_V[first:last].float()
-        out_NC = torch.nn.functional.linear(hidden_NH.float(), self.weight_VH[first:last].float(), bias) * self.scale
+        out_NC = torch.nn.functional.linear(hidden_NH.float(), self.weight_VH[first:last].float(), bias)
+        if self.scale != 1.0:
+            out_NC = out_NC * self.scale
         return out_NC if self.cap is None else self.cap * torch.tanh(out_NC / self.cap)
 
 
@@ -64,13 +66,10 @@ def logit_reader(model: Any, probe: Sequence[int]) -> Reader:
 
 
 def padded(model: Any, sequences: Sequence[Sequence[int]]) -> Inputs:
-    """Ids and attention mask of sequences padded on the right."""
-    device = torch.device(model.device)
+    """Ids of sequences padded on the right: no mask is needed, for what comes after is seen by none of them."""
     width = max(len(ids) for ids in sequences)
-    return {
-        "input_ids": torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences], device=device),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=device),
-    }
+    rows = [[*ids, *[0] * (width - len(ids))] for ids in sequences]
+    return {"input_ids": torch.tensor(rows, device=torch.device(model.device))}
 
 
 def predicting(sequences: Sequence[Sequence[int]], counts: Sequence[int]) -> list[slice | Tensor]:

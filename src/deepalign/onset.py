@@ -2,9 +2,10 @@
 
 The *onset* at response position t is the probability of beginning a refusal there, given the prompt and the first t
 tokens of the answer. It is summed over a trie of refusal openings. Where an opening's first token says too little ("I"
-begins "I cannot" and "I think"), the tokens after it are looked at as well: they are appended to the answer as branches
-that see only their own past, so that a second pass reads all of them at once. Models whose attention cannot be told
-so (recurrent ones) are found out by comparing, and their branches are read as plain sequences.
+begins "I cannot" and "I think"), the tokens after it are looked at as well: put behind the answer as branches that see
+only their own past, over the keys and values that the first pass left, those of all prompts of a batch at once, a token
+deeper each time and no further than probability goes. Models whose attention cannot be told so (recurrent ones) are
+found out by comparing, and their branches are read as plain sequences.
 
 Read as a discrete-time hazard, the chance that a refusal begins within m tokens after a prefill of k is
 1 - prod over t in [k, k + m) of (1 - onset_t). Knows nothing of judges or of how openings were found.
@@ -15,10 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from deepalign.caching import can_share_prefixes, empty_cache
 from deepalign.chat import Rendered
 from deepalign.generation import evaluation_mode
 from deepalign.heads import Reader, chosen_probabilities, logit_reader, padded, predicting
@@ -39,9 +41,9 @@ REFUSAL_OPENINGS = (
 _LEADS = ("", " ", "\n\n", "\n")
 _DEEPEST = 4
 """Tokens of an opening that are looked at; a longer one counts from its first four."""
-_LEAST_MASS = 0.002
-"""First tokens with less probability are not branched on; they are weighed by what the branches gave on average."""
-_MOST_BRANCHES = 12
+_LEAST_MASS = 0.005
+"""Less probable beginnings are not looked into; they are weighed by what the others gave on average."""
+_MOST_BRANCHES = 24
 """Branches for one prompt, from the most probable first token down."""
 
 Path = tuple[int, ...]
@@ -89,9 +91,9 @@ class OnsetProfile:
     checked: tuple[float, ...]
     """At each response position, the probability of refusal openings that is certain or was branched on."""
     unchecked: tuple[float, ...]
-    """And the mass on first tokens of refusals that was too small, or too much in number, to branch on."""
+    """And the mass on beginnings of refusals that was too small, or too much in number, to look into."""
     branched: float
-    """Mass of the first tokens that were branched on, over all positions."""
+    """Mass of the beginnings that were looked into, over all positions."""
     accepted: float
     """The part of it that went on as a refusal."""
 
@@ -124,153 +126,221 @@ def onset_profiles(
         (name, rendered.ids[: rendered.response_start + max_positions], rendered.response_start)
         for name, rendered in items
     ]
-    kept = sorted((item for item in kept if len(item[1]) > item[2]), key=lambda item: len(item[1]))
+    # The longest first: what does not fit, or cannot be read together, shows at once.
+    kept = sorted((item for item in kept if len(item[1]) > item[2]), key=lambda item: -len(item[1]))
     if not kept:
         return
     with evaluation_mode(model), torch.inference_mode():
-        branches = _BranchReader(model, logit_reader(model, kept[0][1][:16]), vocab_size)
+        reader = logit_reader(model, kept[0][1][:16])
+        together = _reads_together(model, reader, vocab_size, openings, kept[0][1])
+    kind = _Together if together else _Apart
     for start in range(0, len(kept), batch):
         part = kept[start : start + batch]
         # Not held over the yield: the caller may do what it likes with the model in between.
         with evaluation_mode(model), torch.inference_mode():
-            found = _profiles(model, branches, part, openings, vocab_size)
+            found = _profiles(kind(model, reader, vocab_size, [ids for _, ids, _ in part]), part, openings)
         yield from found
 
 
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """The unfinished beginning of a refusal, put in place of an answer's tokens from `place` on."""
+
+    row: int
+    place: int
+    path: Path
+    reach: float
+    """Probability of beginning so."""
+    parent: int = -1
+    """Number of the node before it among those read so far."""
+
+
+class _Tally:
+    """What one prompt's positions gave so far; tensors and lists by response position."""
+
+    def __init__(self, masses_TF: torch.Tensor, certain_F: torch.Tensor) -> None:
+        self.finite = bool(torch.isfinite(masses_TF).all())
+        self.checked = torch.where(certain_F, masses_TF, 0.0).sum(dim=-1).tolist()
+        self.open_TF = torch.where(certain_F, 0.0, masses_TF)
+        self.unchecked = self.open_TF.sum(dim=-1).tolist()
+        self.branched = self.accepted = 0.0
+
+    def branch(self, position: int, mass: float) -> None:
+        """Take mass off what is not looked into."""
+        self.unchecked[position] -= mass
+        self.branched += mass if position else 0.0
+
+    def give_up(self, position: int, mass: float) -> None:
+        """A branch that got too thin to follow."""
+        self.unchecked[position] += mass
+        self.branched -= mass if position else 0.0
+
+    def accept(self, position: int, mass: float) -> None:
+        """A branch that became a refusal."""
+        self.checked[position] += mass
+        self.accepted += mass if position else 0.0
+
+    def profile(self, name: str) -> OnsetProfile:
+        """The result."""
+        if not self.finite:
+            return OnsetProfile(prompt_id=name, checked=(), unchecked=(), branched=0.0, accepted=0.0)
+        return OnsetProfile(
+            prompt_id=name,
+            checked=tuple(self.checked),
+            # Taking away what was added leaves a last bit.
+            unchecked=tuple(max(0.0, value) for value in self.unchecked),
+            branched=max(0.0, self.branched),
+            accepted=self.accepted,
+        )
+
+
 def _profiles(
-    model: Any,
-    branches: _BranchReader,
-    part: Sequence[tuple[str, tuple[int, ...], int]],
-    openings: Openings,
-    vocab_size: int,
+    answers: _Answers, part: Sequence[tuple[str, tuple[int, ...], int]], openings: Openings
 ) -> list[OnsetProfile]:
+    """Read one batch of answers, then the beginnings of refusals in them, a token deeper each time."""
     firsts = openings.first_tokens
     counts = [len(ids) - start for _, ids, start in part]
-    sequences = [ids for _, ids, _ in part]
-    source = branches.reader(padded(model, sequences), predicting(sequences, counts))
-    masses_NF = chosen_probabilities(source, vocab_size, firsts)
-    certain = torch.tensor([(first,) in openings.paths for first in firsts])
-    profiles = []
-    for (name, ids, start), masses_TF in zip(part, torch.split(masses_NF, counts), strict=True):
-        if not bool(torch.isfinite(masses_TF).all()):
-            profiles.append(OnsetProfile(prompt_id=name, checked=(), unchecked=(), branched=0.0, accepted=0.0))
+    certain_F = torch.tensor([(first,) in openings.paths for first in firsts])
+    tallies = [_Tally(masses, certain_F) for masses in torch.split(answers.next_tokens(counts, firsts), counts)]
+    nodes = []
+    for row, tally in enumerate(tallies):
+        if not tally.finite:
             continue
-        open_TF = torch.where(certain, 0.0, masses_TF)
-        values, places = open_TF.flatten().topk(min(_MOST_BRANCHES, open_TF.numel()))
-        found = zip(values.tolist(), places.tolist(), strict=True)
-        chosen = [divmod(place, len(firsts)) for value, place in found if value >= _LEAST_MASS]
-        shares = branches.accepted(ids, start, [(position, firsts[column]) for position, column in chosen], openings)
-        checked_T = torch.where(certain, masses_TF, 0.0).sum(dim=-1)
-        unchecked_TF = open_TF.clone()
-        branched = accepted = 0.0
-        for (position, column), share in zip(chosen, shares, strict=True):
-            mass = float(open_TF[position, column])
-            checked_T[position] += mass * share
-            unchecked_TF[position, column] = 0.0
-            branched += mass
-            accepted += mass * share
-        profiles.append(
-            OnsetProfile(
-                prompt_id=name,
-                checked=tuple(checked_T.tolist()),
-                unchecked=tuple(unchecked_TF.sum(dim=-1).tolist()),
-                branched=branched,
-                accepted=accepted,
-            )
-        )
-    return profiles
+        values, places = tally.open_TF.flatten().topk(min(_MOST_BRANCHES, tally.open_TF.numel()))
+        for mass, place in zip(values.tolist(), places.tolist(), strict=True):
+            position, column = divmod(place, len(firsts))
+            if mass >= _LEAST_MASS and (firsts[column],) not in openings.paths:
+                nodes.append(_Node(row, part[row][2] + position, (firsts[column],), mass))
+                tally.branch(position, mass)
+    num_read = 0
+    while nodes:
+        followers = sorted({token for node in nodes for token in openings.next_tokens(node.path)})
+        column_of = {token: column for column, token in enumerate(followers)}
+        deeper = []
+        for number, (node, chances) in enumerate(
+            zip(nodes, answers.after(nodes, followers).tolist(), strict=True), start=num_read
+        ):
+            tally, position = tallies[node.row], node.place - part[node.row][2]
+            for token in openings.next_tokens(node.path):
+                mass, path = node.reach * chances[column_of[token]], (*node.path, token)
+                if path in openings.paths:
+                    tally.accept(position, mass)
+                elif mass >= _LEAST_MASS:
+                    deeper.append(_Node(node.row, node.place, path, mass, parent=number))
+                else:
+                    tally.give_up(position, mass)
+        num_read += len(nodes)
+        nodes = deeper
+    return [tally.profile(name) for tally, (name, _, _) in zip(tallies, part, strict=True)]
 
 
-class _BranchReader:
-    """Reads what follows ambiguous first tokens, many branches at once where the model's attention allows it."""
+class _Answers(Protocol):
+    """A batch of answers, and of beginnings put in their place."""
 
-    def __init__(self, model: Any, reader: Reader, vocab_size: int) -> None:
-        self.reader = reader
-        self._model = model
-        self._vocab_size = vocab_size
-        self._together: bool | None = None
+    def next_tokens(self, counts: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        """Probabilities of `tokens` at the last `counts[i]` positions of each sequence: [sum of counts, tokens]."""
 
-    def accepted(
-        self, ids: Sequence[int], start: int, branches: Sequence[tuple[int, int]], openings: Openings
-    ) -> list[float]:
-        """For each (response position, first token), the probability that an opening is completed.
+    def after(self, nodes: Sequence[_Node], followers: Sequence[int]) -> torch.Tensor:
+        """Probabilities of the followers after each node: [nodes, followers]; parents have been read before."""
 
-        Args:
-            ids: Prompt and answer.
-            start: Where the answer begins.
-            branches: Where to branch off, and with which token.
-            openings: What completes an opening.
-        """
-        nodes = [(start + position, path) for position, first in branches for path in openings.nodes_under(first)]
-        if not nodes:
-            return []
-        followers = sorted({token for _, path in nodes for token in openings.next_tokens(path)})
-        column = {token: place for place, token in enumerate(followers)}
-        probabilities = self._next(ids, nodes, followers)
-        by_node = dict(zip(nodes, probabilities.tolist(), strict=True))
 
-        def completed(place: int, path: Path) -> float:
-            total = 0.0
-            for token in openings.next_tokens(path):
-                share = by_node[place, path][column[token]]
-                total += share if (*path, token) in openings.paths else share * completed(place, (*path, token))
-            return total
+class _Apart:
+    """Every beginning as a plain sequence of its own: right for any model."""
 
-        return [completed(start + position, (first,)) for position, first in branches]
+    def __init__(self, model: Any, reader: Reader, vocab_size: int, sequences: Sequence[tuple[int, ...]]) -> None:
+        self._model, self._reader, self._vocab_size = model, reader, vocab_size
+        self._sequences = sequences
 
-    def _next(self, ids: Sequence[int], nodes: Sequence[tuple[int, Path]], followers: Sequence[int]) -> torch.Tensor:
-        """Probabilities of the followers after each node: [nodes, followers]."""
-        if self._together is None:
-            self._together = self._same_both_ways(ids, nodes, followers)
-        if self._together:
-            return self._next_together(ids, nodes, followers)
-        return self._next_apart(ids, nodes, followers)
+    def next_tokens(self, counts: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        source = self._reader(padded(self._model, self._sequences), predicting(self._sequences, counts))
+        return chosen_probabilities(source, self._vocab_size, tokens)
 
-    def _same_both_ways(self, ids: Sequence[int], nodes: Sequence[tuple[int, Path]], followers: Sequence[int]) -> bool:
-        few = [node for node in nodes if node[0] == nodes[-1][0]][:6]
-        apart = self._next_apart(ids, few, followers)
-        try:
-            together = self._next_together(ids, few, followers)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-            # Forward passes without position ids, or that want a mask of another form.
-            return False
-        tolerance = 1e-4 if self._model.dtype == torch.float32 else 0.03
-        return bool((together - apart).abs().max() <= tolerance)
-
-    def _next_apart(
-        self, ids: Sequence[int], nodes: Sequence[tuple[int, Path]], followers: Sequence[int]
-    ) -> torch.Tensor:
-        rows = [(*ids[:place], *path) for place, path in nodes]
+    def after(self, nodes: Sequence[_Node], followers: Sequence[int]) -> torch.Tensor:
+        rows = [(*self._sequences[node.row][: node.place], *node.path) for node in nodes]
         found = []
         for first in range(0, len(rows), 16):
             part = rows[first : first + 16]
-            source = self.reader(padded(self._model, part), [slice(len(row) - 1, len(row)) for row in part])
+            source = self._reader(padded(self._model, part), [slice(len(row) - 1, len(row)) for row in part])
             found.append(chosen_probabilities(source, self._vocab_size, followers))
         return torch.cat(found)
 
-    def _next_together(
-        self, ids: Sequence[int], nodes: Sequence[tuple[int, Path]], followers: Sequence[int]
-    ) -> torch.Tensor:
-        """One pass over the answer with the nodes appended; each node sees the answer up to its place, and its path."""
-        length = max(place for place, _ in nodes)
-        width = length + len(nodes)
-        where = {node: length + number for number, node in enumerate(nodes)}
-        positions = [*range(length), *(place + len(path) - 1 for place, path in nodes)]
-        sees = torch.ones(width, width, dtype=torch.bool).tril()
-        sees[length:] = False
-        for (place, path), row in where.items():
-            sees[row, :place] = True
-            for n in range(1, len(path) + 1):
-                sees[row, where[place, path[:n]]] = True
-        device, dtype = torch.device(self._model.device), self._model.dtype
-        mask = torch.zeros(width, width, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+
+class _Together:
+    """All beginnings of a batch in one pass for each depth, over the keys and values that the answers left."""
+
+    def __init__(self, model: Any, reader: Reader, vocab_size: int, sequences: Sequence[tuple[int, ...]]) -> None:
+        self._model, self._reader, self._vocab_size = model, reader, vocab_size
+        self._sequences = sequences
+        self._device = torch.device(model.device)
+        self._cache = empty_cache(model.config)
+        self._width = max(len(ids) for ids in sequences)
+        self._sees: list[torch.Tensor] = []
+        """For each node read so far, the columns that it saw and its own."""
+
+    def next_tokens(self, counts: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        inputs = {**padded(self._model, self._sequences), "past_key_values": self._cache}
+        source = self._reader(inputs, predicting(self._sequences, counts))
+        return chosen_probabilities(source, self._vocab_size, tokens)
+
+    def after(self, nodes: Sequence[_Node], followers: Sequence[int]) -> torch.Tensor:
+        slot_of, filled = [], [0] * len(self._sequences)
+        for node in nodes:
+            slot_of.append(filled[node.row])
+            filled[node.row] += 1
+        shape = (len(self._sequences), max(filled))
+        ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        sees = torch.zeros(*shape, self._width + shape[1], dtype=torch.bool)
+        # A place that no node fills sees itself, for attention over nothing is no number.
+        sees[:, :, self._width :] = torch.eye(shape[1], dtype=torch.bool)
+        for node, slot in zip(nodes, slot_of, strict=True):
+            ids[node.row, slot] = node.path[-1]
+            positions[node.row, slot] = node.place + len(node.path) - 1
+            if node.parent < 0:
+                sees[node.row, slot, : node.place] = True
+            else:
+                seen = self._sees[node.parent]
+                sees[node.row, slot, : len(seen)] = seen
+        self._sees += [sees[node.row, slot] for node, slot in zip(nodes, slot_of, strict=True)]
+        self._width += shape[1]
+        dtype = self._model.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
         inputs = {
-            "input_ids": torch.tensor([[*ids[:length], *(path[-1] for _, path in nodes)]], device=device),
-            "attention_mask": mask[None, None].to(device),
-            "position_ids": torch.tensor([positions], device=device),
+            "input_ids": ids.to(self._device),
+            "attention_mask": mask.unsqueeze(1).to(self._device),
+            "position_ids": positions.to(self._device),
+            "past_key_values": self._cache,
         }
-        source = self.reader(inputs, [slice(length, width)])
-        return chosen_probabilities(source, self._vocab_size, followers)
+        picks = [torch.arange(count, device=self._device) for count in filled]
+        chances = chosen_probabilities(self._reader(inputs, picks), self._vocab_size, followers)
+        # The source's rows stand sequence after sequence; the nodes may not.
+        starts = [sum(filled[:row]) for row in range(len(filled))]
+        return chances[[starts[node.row] + slot for node, slot in zip(nodes, slot_of, strict=True)]]
+
+
+def _reads_together(model: Any, reader: Reader, vocab_size: int, openings: Openings, longest: tuple[int, ...]) -> bool:
+    """Whether a model's attention can be told what each token sees: tried on a few beginnings, and compared."""
+    most_nodes = max((len(openings.nodes_under(first)) for first in openings.first_tokens), default=0)
+    if not most_nodes:
+        return True
+    if not can_share_prefixes(model.config, len(longest) + _MOST_BRANCHES * most_nodes):
+        return False
+    ids = longest[:48]
+    paths = [path for path in sorted(openings.paths) if len(path) > 1][:4]
+    level = [_Node(0, place, path[:1], 1.0) for place in (len(ids) // 2 + 1, len(ids)) for path in paths]
+    next_level = [_Node(0, node.place, (*node.path, node.path[0]), 1.0, parent=n) for n, node in enumerate(level)]
+    found = []
+    for kind in (_Apart, _Together):
+        answers = kind(model, reader, vocab_size, [ids])
+        try:
+            answers.next_tokens([1], [0])
+            found.append(torch.cat([answers.after(nodes, openings.first_tokens) for nodes in (level, next_level)]))
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            # Passes without position ids or a common cache, or that want a mask of another form.
+            if kind is _Apart:
+                raise
+            return False
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
+    return bool((found[0] - found[1]).abs().max() <= tolerance)
 
 
 def onsets(profiles: Sequence[OnsetProfile]) -> list[tuple[float, ...]]:
