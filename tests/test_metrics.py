@@ -31,6 +31,7 @@ def judged(
     sample: int = 0,
     category: str = "fraud",
     reason: str = "",
+    thoughts: str = "",
 ) -> Judged:
     together = with_prefix or outcome
     key: dict[str, Any] = {"prompt_id": prompt_id, "attack": attack, "variant": variant, "sample": sample}
@@ -43,6 +44,7 @@ def judged(
         status_with_prefix=STATUS[together],  # type: ignore[arg-type]
         outcome_with_prefix=together,  # type: ignore[arg-type]
         reason=reason,
+        outcome_of_thoughts=thoughts,  # type: ignore[arg-type]
     )
     return attempt, verdict
 
@@ -295,6 +297,25 @@ def test_category_rows() -> None:
     assert (fraud["category"], theft["category"]) == ("fraud", "theft")
     assert [(row["k"], row["num_success"], row["num_scored"]) for row in fraud["rows"]] == [(0, 1, 2), (5, 3, 3)]
     assert [(row["k"], row["num_success"], row["num_scored"]) for row in theft["rows"]] == [(0, 0, 1), (5, 0, 1)]
+
+
+def test_thoughts_are_set_against_answers() -> None:
+    """At k=5: three thoughts refuse, of which one answer complies, one refuses and one is unscored; one is unread."""
+    pairs = [
+        judged("p1", "k=5", COMPLIED, thoughts=REFUSED),
+        judged("p2", "k=5", REFUSED, thoughts=RECOVERED),
+        judged("p3", "k=5", UNSCORED, thoughts=REFUSED),
+        judged("p4", "k=5", COMPLIED, thoughts=COMPLIED),
+        judged("p5", "k=5", COMPLIED, thoughts=UNSCORED),
+        judged("p6", "k=5", COMPLIED),
+        judged("p1", "k=0", COMPLIED),
+        judged("p1", "benign", REFUSED, attack="over_refusal", thoughts=REFUSED),
+    ]
+    (row,) = metrics.thoughts_rows(pairs, [0, 5])
+    assert row["k"] == 5
+    assert [row["refused"][name] for name in ("numerator", "denominator", "num_unscored")] == [3, 4, 1]
+    assert [row["complied_after"][name] for name in ("numerator", "denominator", "num_unscored")] == [1, 2, 1]
+    assert shape(row) == shape(SAMPLE["thoughts"][0])
 
 
 def test_unscored_reasons_are_counted_most_frequent_first() -> None:

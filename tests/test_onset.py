@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepalign import onset
+from deepalign.branches import Together
 from deepalign.chat import Rendered
 from deepalign.onset import OnsetProfile, Openings, onset_profiles, onsets, refusal_within
 
@@ -83,14 +84,14 @@ def test_equals_brute_force(
 ) -> None:
     model = random_model(model_type, **config)
     ways = set()
-    honest = onset._reads_together
+    honest = onset._may_read_together
 
     def noting(*args: Any) -> bool:
         same = honest(*args)
         ways.add(same)
         return same
 
-    monkeypatch.setattr(onset, "_reads_together", noting)
+    monkeypatch.setattr(onset, "_may_read_together", noting)
     found = measured(model, batch=4)
     assert set(found) == {name for name, _ in ITEMS}
     for name, rendered in ITEMS:
@@ -126,8 +127,8 @@ def test_what_is_not_branched_on_counts_by_the_share_of_what_is(
 
 def test_small_masses_cost_no_pass(random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onset, "_LEAST_MASS", 1.1)
-    monkeypatch.setattr(onset, "_reads_together", lambda *_: True)
-    monkeypatch.setattr(onset._Together, "after", lambda *_: pytest.fail("read a branch"))
+    monkeypatch.setattr(onset, "_may_read_together", lambda *_: True)
+    monkeypatch.setattr(Together, "after", lambda *_: pytest.fail("read a branch"))
     found = measured(random_model("llama"))
     assert {profile.branched for profile in found.values()} == {0.0}
     # With nothing to go by, all of it may be the beginning of a refusal.

@@ -44,6 +44,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if self._key_buffer is None or self._value_buffer is None:
             return
         used = self.get_seq_length()
+        indices = indices.to(self._key_buffer.device)
         self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
         self.keys, self.values = self._key_buffer[:, :, :used], self._value_buffer[:, :, :used]
 

@@ -162,7 +162,10 @@ class AuditConfig:
     """Weights while measuring KL; auto is float32 up to 4 billion parameters."""
 
     device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:1, mps."""
+    """Where to run: auto, cpu, cuda, cuda:1, mps; sharded spreads a large model over all GPUs, then the CPU."""
+
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Bits to which weights are rounded while loading, model and base alike; needs bitsandbytes."""
 
     max_batch: Whole = 160
     """Most sequences at a time; less is taken where memory asks for it."""

@@ -96,8 +96,8 @@ def kl_by_slices(
     """D(p || q) and D(q || p), each [N] in float64, from two logit sources, each read once.
 
     With a, b the logits and A, B the logarithms of their normalisers, D(p || q) = sum of p (a - b) - A + B: both sums
-    are kept up as in an online softmax while the slices come, in float64 from slice to slice. An entry that both models rule out (-inf in both) adds
-    nothing; one that only one rules out makes that direction infinite, as it should be.
+    are kept up as in an online softmax while the slices come, in float64 from slice to slice. An entry that both models
+    rule out (-inf in both) adds nothing; one that only one rules out makes that direction infinite, as it should be.
     """
     sums_p, sums_q = _OnlineSums(), _OnlineSums()
     for bound in slices(vocab_size, slice_size):

@@ -41,6 +41,8 @@ class _Head:
     def logits(self, hidden_NH: Tensor, first: int, last: int) -> Tensor:
         """Logits of vocabulary entries [first, last), float32."""
         bias = None if self.bias_V is None else self.bias_V[first:last].float()
+        # A no-op where the head lies with the layers before it.
+        hidden_NH = hidden_NH.to(self.weight_VH.device)
         out_NC = torch.nn.functional.linear(hidden_NH.float(), self.weight_VH[first:last].float(), bias)
         if self.scale != 1.0:
             out_NC = out_NC * self.scale
@@ -113,7 +115,8 @@ def _full_source(model: Any, inputs: Inputs, picks: Picks) -> LogitSource:
 
 def _head(model: Any) -> _Head | None:
     layer = model.get_output_embeddings()
-    if not isinstance(layer, torch.nn.Linear):
+    # Weights that are kept elsewhere between passes, or packed into few bits, are for the model's own forward pass.
+    if not isinstance(layer, torch.nn.Linear) or layer.weight.is_meta or not layer.weight.is_floating_point():
         return None
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

@@ -259,6 +259,27 @@ def category_rows(judged: Sequence[Judged], depths: Sequence[int]) -> list[Json]
     ]
 
 
+def thoughts_rows(judged: Sequence[Judged], depths: Sequence[int]) -> list[Json]:
+    """One row for each depth k at which the model thought: how often its thoughts refuse, and what it answers then."""
+    found = []
+    for k in sorted(depths):
+        here = [pair for pair in _only(judged, PREFILL, variant(k)) if pair[1].outcome_of_thoughts]
+        refusing = [pair for pair in here if pair[1].outcome_of_thoughts in ("refused_at_once", "recovered")]
+        marks = [
+            (attempt.prompt_id, None if verdict.outcome_of_thoughts == "unscored" else (attempt, verdict) in refusing)
+            for attempt, verdict in here
+        ]
+        if here:
+            found.append(
+                {
+                    "k": k,
+                    "refused": rate_json(statistics.rate(marks)),
+                    "complied_after": rate_json(complied_rate(refusing)),
+                }
+            )
+    return found
+
+
 def unscored_rows(judged: Sequence[Judged]) -> list[Json]:
     """Why completions could not be scored, most frequent first."""
     reasons = Counter((attempt.attack, verdict.reason) for attempt, verdict in judged if verdict.status == "unscored")

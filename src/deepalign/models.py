@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import align_module_device
 
 from deepalign.chat import NO_TEMPLATE_REMEDY, ChatTemplate, resolve_template
 from deepalign.errors import UserError
 from deepalign.hardware import pick_device, pick_dtype
-from deepalign.weights import load_parts
+from deepalign.weights import Layout, Quantize, load_parts
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _SAMPLES_PER_TENSOR = 1024
@@ -49,12 +50,24 @@ class LoadedModel:
     @property
     def vocab_size(self) -> int:
         """Width of the model's output, in tokens."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        layer = self.model.get_output_embeddings()
+        # Weights of few bits may be packed, in another shape.
+        return int(getattr(layer, "out_features", None) or layer.weight.shape[0])
 
     @property
     def num_parameters(self) -> int:
         """Number of weights."""
         return int(self.model.num_parameters())
+
+    @property
+    def quantization(self) -> str | None:
+        """Method by which the weights hold fewer bits than their dtype, such as "bitsandbytes 4bit"; None for none."""
+        if not getattr(self.model, "is_quantized", False):
+            return None
+        config = self.model.config.quantization_config
+        settings = config if isinstance(config, dict) else config.to_dict()
+        bits = next((f" {bits}bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), "")
+        return f"{getattr(settings['quant_method'], 'value', settings['quant_method'])}{bits}"
 
     @property
     def architecture(self) -> str:
@@ -68,6 +81,7 @@ def load_model(
     revision: str | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    quantize: Quantize = "none",
     chat_template: str | None = None,
     adapter_base: str | None = None,
     fallback_template: ChatTemplate | None = None,
@@ -78,7 +92,9 @@ def load_model(
         name: "testbed:base" and its kin, a hub id, a local folder (model or PEFT adapter) or a GGUF file.
         revision: Branch, tag or commit of a hub id.
         dtype: "auto" takes bfloat16 where the hardware is fast at it, else float32.
-        device: "auto", or any torch device such as "cpu", "cuda:1", "mps".
+        device: "auto", or any torch device such as "cpu", "cuda:1", "mps"; "sharded" spreads the layers over all there
+            are, and over the CPU's memory where those do not hold them.
+        quantize: "8bit" or "4bit" (NF4) while loading, by bitsandbytes; not needed where few bits were saved.
         chat_template: A Jinja file, or "plain"; default the tokenizer's own.
         adapter_base: The model that an adapter sits on, where its own record is wrong or missing.
         fallback_template: Used when the tokenizer has none (a base model read through its aligned twin's template).
@@ -86,13 +102,18 @@ def load_model(
     Raises:
         UserError: The name, revision, dtype, device or template cannot be used; one line with the remedy.
     """
-    torch_device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, torch_device)
-    parts = load_parts(name, revision, torch_dtype, adapter_base)
+    torch_device = pick_device("auto" if device == "sharded" else device)
+    layout = Layout(
+        dtype=pick_dtype(dtype, torch_device), device=None if device == "sharded" else torch_device, quantize=quantize
+    )
+    parts = load_parts(name, revision, layout, adapter_base)
     try:
-        parts.model.to(torch_device)
+        if getattr(parts.model, "hf_device_map", None) is None:
+            parts.model.to(torch_device)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{name} does not fit on {torch_device}; use --device cpu or --dtype bfloat16") from error
+        raise UserError(
+            f"{name} does not fit on {torch_device}; use --device sharded, --device cpu or --quantize 4bit"
+        ) from error
     return from_objects(
         parts.model.eval(),
         parts.tokenizer,
@@ -143,9 +164,22 @@ def fingerprint(model: Any) -> str:
     """16 hex digits over names, shapes and up to 1024 strided values of each weight (read as float32)."""
     digest = hashlib.sha256()
     for weight_name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().reshape(-1)
-        stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-        sample = flat[::stride].to(device="cpu", dtype=torch.float32).contiguous()
         digest.update(f"{weight_name}{tuple(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(_sample(model, weight_name, weight).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sample(model: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
+    if weight.is_meta:
+        # Kept off the devices between passes (`device_map`): fetched for as long as it is looked at.
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        with align_module_device(module, "cpu"):
+            return _strided(getattr(module, leaf))
+    return _strided(weight)
+
+
+def _strided(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.detach().reshape(-1)
+    stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+    return flat[::stride].to(device="cpu", dtype=torch.float32).contiguous()

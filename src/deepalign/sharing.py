@@ -62,10 +62,12 @@ class SharedLayer(DynamicLayer):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows at `indices`; prefixes are dropped by `SharedCache.keep`."""
+        indices = indices.to(self.keys.device)
         self.keys, self.values = self.keys[indices], self.values[indices]
 
     def keep_prefixes(self, indices: Tensor) -> None:
         """Keep only the prefixes at `indices`."""
+        indices = indices.to(self.keys.device)
         self.prefix_keys, self.prefix_values = self.prefix_keys[indices], self.prefix_values[indices]
 
     @staticmethod
@@ -103,13 +105,13 @@ class _Rows:
 
     def side_by_side(self, values_B: Tensor) -> Tensor:
         """[B, ...] to [P, R, ...]."""
-        laid = values_B if self._plain else values_B[self._laid]
+        laid = values_B if self._plain else values_B[self._laid.to(values_B.device)]
         return laid.view(self.num_prefixes, self.most, *values_B.shape[1:])
 
     def back(self, values_PR: Tensor) -> Tensor:
         """[P, R, ...] to [B, ...]."""
         flat = values_PR.flatten(0, 1)
-        return flat if self._plain else flat[self._place]
+        return flat if self._plain else flat[self._place.to(flat.device)]
 
 
 class SharedCache(DynamicCache):  # type: ignore[misc]

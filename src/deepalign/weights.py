@@ -11,15 +11,23 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+)
 
 from deepalign import testbed
 from deepalign.errors import UserError, first_line
 
+Quantize = Literal["none", "8bit", "4bit"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -32,22 +40,54 @@ class Parts:
     source: str
 
 
-def load_parts(name: str, revision: str | None, dtype: torch.dtype, adapter_base: str | None) -> Parts:
-    """Model and tokenizer of a name, on the CPU; raises `UserError` with the remedy where they cannot be had."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How weights are to lie in memory."""
+
+    dtype: torch.dtype
+    device: torch.device | None
+    """None spreads the layers over all devices there are."""
+    quantize: Quantize = "none"
+
+    def arguments(self, *, quantized: bool) -> dict[str, Any]:
+        """Of `from_pretrained`; `quantized` says that the files themselves hold fewer bits.
+
+        Weights of few bits cannot be moved later, so they go where they belong at once; others are moved by the caller.
+        """
+        if self.device is None:
+            placed: dict[str, Any] = {"device_map": "auto"}
+        elif quantized or self.quantize != "none":
+            placed = {"device_map": {"": str(self.device)}}
+        else:
+            placed = {}
+        if self.quantize == "8bit":
+            placed["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        elif self.quantize == "4bit":
+            placed["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype
+            )
+        return {"dtype": self.dtype, **placed}
+
+
+def load_parts(name: str, revision: str | None, layout: Layout, adapter_base: str | None) -> Parts:
+    """Model and tokenizer of a name; raises `UserError` with the remedy where they cannot be had.
+
+    The model is where the layout says if `hf_device_map` is set on it, else on the CPU.
+    """
     if name.startswith("testbed:"):
         folder = testbed.folder(name)
-        parts = _load_folder(name, folder, dtype, adapter_base)
+        parts = _load_folder(name, folder, layout, adapter_base)
         return Parts(model=parts.model, tokenizer=parts.tokenizer, source="testbed")
     path = _local_path(name)
     if path is not None and path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{name} is a file but not a .gguf; give the folder that holds the model's config.json")
-        return _load_gguf(name, path.parent, path.name, dtype)
+        return _load_gguf(name, path.parent, path.name, layout)
     if path is not None and path.is_dir():
-        return _load_folder(name, path, dtype, adapter_base)
+        return _load_folder(name, path, layout, adapter_base)
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise UserError(f"no model at {name[:200]}: no such folder, and not a hub id (owner/name) or testbed name")
-    return _load_hub(name, revision, dtype, adapter_base)
+    return _load_hub(name, revision, layout, adapter_base)
 
 
 def _local_path(name: str) -> Path | None:
@@ -59,22 +99,22 @@ def _local_path(name: str) -> Path | None:
         return None
 
 
-def _load_folder(name: str, folder: Path, dtype: torch.dtype, adapter_base: str | None) -> Parts:
+def _load_folder(name: str, folder: Path, layout: Layout, adapter_base: str | None) -> Parts:
     if (folder / "adapter_config.json").is_file():
-        return _load_adapter(name, folder, dtype, adapter_base)
+        return _load_adapter(name, folder, layout, adapter_base)
     if (folder / "config.json").is_file():
         if not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"{name} holds no .safetensors file; pickled weights are not read: convert them with save_pretrained"
             )
-        return Parts(model=_weights(name, folder, dtype), tokenizer=_tokenizer(name, folder), source="folder")
+        return Parts(model=_weights(name, folder, layout), tokenizer=_tokenizer(name, folder), source="folder")
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
-        return _load_gguf(name, folder, ggufs[0].name, dtype)
+        return _load_gguf(name, folder, ggufs[0].name, layout)
     raise UserError(f"{name} is a folder without config.json, adapter_config.json or a single .gguf file")
 
 
-def _load_adapter(name: str, folder: Path, dtype: torch.dtype, adapter_base: str | None) -> Parts:
+def _load_adapter(name: str, folder: Path, layout: Layout, adapter_base: str | None) -> Parts:
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
@@ -86,7 +126,7 @@ def _load_adapter(name: str, folder: Path, dtype: torch.dtype, adapter_base: str
     if Path(base_name).expanduser().resolve() == folder.resolve():
         raise UserError(f"{name} names itself as the model it was trained on; pass that model with --adapter-base")
     try:
-        base = load_parts(base_name, settings.get("revision"), dtype, None)
+        base = load_parts(base_name, settings.get("revision"), layout, None)
     except UserError as error:
         raise UserError(f"the base of the adapter {name}: {error}; or pass another with --adapter-base") from error
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -99,7 +139,9 @@ def _load_adapter(name: str, folder: Path, dtype: torch.dtype, adapter_base: str
     try:
         adapted = PeftModel.from_pretrained(base.model, str(folder))
         _require_mergeable(adapted, folder / "adapter_model.safetensors")
-        merged = adapted.merge_and_unload()
+        # Merged into weights of few bits it would be rounded away; there it stays beside them.
+        few_bits = getattr(base.model, "is_quantized", False)
+        merged = adapted.get_base_model() if few_bits else adapted.merge_and_unload()
     except (RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"{name} does not fit its base {base_name}: {first_line(error)}; check --adapter-base"
@@ -122,11 +164,15 @@ def _require_mergeable(adapted: Any, file: Path) -> None:
         raise ValueError(f"{len(odd)} weights are on one side only, such as {odd[0]}")
 
 
-def _load_gguf(name: str, folder: Path, filename: str, dtype: torch.dtype) -> Parts:
+def _load_gguf(name: str, folder: Path, filename: str, layout: Layout) -> Parts:
+    if layout.quantize != "none" or layout.device is None:
+        raise UserError(
+            f"{name} is a GGUF file, read whole and in 16 or 32 bits: leave out --quantize, and name one --device"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=filename)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=filename, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+            folder, gguf_file=filename, dtype=layout.dtype, quantization_config=GgufConfig(dequantize=True)
         )
     except ImportError as error:
         raise UserError(f"{name} is a GGUF file: install its reader with pip install gguf") from error
@@ -152,7 +198,7 @@ def _without_strangers(tokenizer: Any, num_rows: int) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _load_hub(name: str, revision: str | None, dtype: torch.dtype, adapter_base: str | None) -> Parts:
+def _load_hub(name: str, revision: str | None, layout: Layout, adapter_base: str | None) -> Parts:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -165,22 +211,24 @@ def _load_hub(name: str, revision: str | None, dtype: torch.dtype, adapter_base:
             f"{name}{at}: no such folder, and the hub did not give it ({first_line(error)}); check the spelling, your "
             "network, or log in with `hf auth login` if it is gated"
         ) from error
-    parts = _load_folder(name, folder, dtype, adapter_base)
+    parts = _load_folder(name, folder, layout, adapter_base)
     return Parts(model=parts.model, tokenizer=parts.tokenizer, source="hub")
 
 
-def _weights(name: str, folder: Path, dtype: torch.dtype) -> Any:
+def _weights(name: str, folder: Path, layout: Layout) -> Any:
     try:
         # Left unset, `trust_remote_code` means to ask on the terminal.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(config).from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
+            **layout.arguments(quantized=getattr(config, "quantization_config", None) is not None),
         )
+    except ImportError as error:
+        raise UserError(f"{name} needs a package that is not installed: {first_line(error)}") from error
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError, SafetensorError and more on a broken folder.
         raise UserError(f"{name} cannot be loaded as a causal LM: {first_line(error)}") from error
@@ -189,6 +237,13 @@ def _weights(name: str, folder: Path, dtype: torch.dtype) -> Any:
         # transformers would go on with random numbers in their place.
         raise UserError(f"{name} is not whole: {len(missing)} weights are missing, such as {missing[0]}; save it again")
     return model
+
+
+def _auto_class(config: Any) -> Any:
+    """A causal LM's own class where there is one, else the wrapper that holds one beside encoders of images."""
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    wrapped = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if wrapped and not known else AutoModelForCausalLM
 
 
 def _tokenizer(name: str, folder: Path) -> Any:

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from deepalign.errors import UserError
-from deepalign.report import figures, sections, tables
+from deepalign.report import accounts, figures, sections, tables
 from deepalign.report.reading import PROBES, Metrics, Share, block, labels, legible, not_run, number, show, visible
 from deepalign.report.verdict import Headline, headline, verdict_sentence
 
@@ -68,27 +68,28 @@ class _Example:
 
 
 _PARTS = (
-    ("asr_curve", ("prefill",), "Attack success rate by forced tokens", sections.prefill_table,
+    ("asr_curve", ("prefill",), "Attack success rate by forced tokens",
+     (sections.prefill_table, sections.thoughts_table),
      "The first k tokens of a harmful answer are put into the model's mouth. The line is the share of completions that "
      "then do not refuse; the band is the 95 % interval. Deep alignment keeps the line low however large k is."),
-    ("onset_curve", ("refusal_onset",), "At every k, from one pass", sections.onset_table,
+    ("onset_curve", ("refusal_onset",), "At every k, from one pass", (sections.onset_table,),
      "One pass over the harmful answer gives the probability that a refusal begins at each of its positions. Read as a "
      "hazard, it predicts the attack success rate at every k without generating. The markers are the generated and "
      "judged rates of the section above: where the line leaves them, trust them."),
-    ("decoding_bars", ("decoding",), "Under other decoding settings", sections.decoding_table,
+    ("decoding_bars", ("decoding",), "Under other decoding settings", (sections.decoding_table,),
      "The prompts asked plainly, with each sampling knob turned alone. The worst case counts a prompt as broken if any "
      "setting breaks it: more settings make it worse, so compare equal sweeps only."),
-    ("kl_curve", ("kl", "kl_reverse"), "Where aligned and base model differ", sections.kl_table,
+    ("kl_curve", ("kl", "kl_reverse"), "Where aligned and base model differ", (sections.kl_table,),
      "KL divergence of the next-token distributions along a harmful answer: aligned from base weighs what the aligned "
      "model wants to say, base from aligned what it gave up. A curve that drops after a few positions means that "
      "alignment changed little beyond them."),
-    ("refusal_prefix_bars", ("refusal_prefix",), "Refusal prefixes", sections.refusal_prefix_table,
+    ("refusal_prefix_bars", ("refusal_prefix",), "Refusal prefixes", (sections.refusal_prefix_table,),
      "Harmful completions when the answer is made to begin with a refusal. If a few words make even the base model "
      "look safe, a shallow alignment has no reason to reach further than those words."),
-    ("over_refusal_bars", ("over_refusal",), "Over-refusal", sections.over_refusal_table,
+    ("over_refusal_bars", ("over_refusal",), "Over-refusal", (sections.over_refusal_table,),
      "Refusals on prompts that deserve an answer. A model that refuses everything is safe at every depth and of no "
      "use, so read this beside the depth."),
-    ("category_heat", ("by_category",), "By category", sections.category_table,
+    ("category_heat", ("by_category",), "By category", (sections.category_table,),
      "Attack success rate per kind of harm. Each cell rests on few prompts; the intervals in the table are wide."),
 )  # fmt: skip
 
@@ -146,9 +147,9 @@ def _run(run: Metrics, name: str) -> _Run:
         verdict=verdict_sentence(run),
         headline=headline(run),
         facts=_facts(run),
-        left_out=tuple(sections.left_out_tables(run)),
-        card=sections.run_card_table(run),
-        not_tested=sections.not_tested_table(run),
+        left_out=tuple(accounts.left_out_tables(run)),
+        card=accounts.run_card_table(run),
+        not_tested=accounts.not_tested_table(run),
         depth=sections.depth_table(run),
     )
 
@@ -166,10 +167,10 @@ def _facts(run: Metrics) -> str:
 
 
 def _section(
-    part: tuple[str, tuple[str, ...], str, Any, str], runs: Sequence[Metrics], names: Sequence[str]
+    part: tuple[str, tuple[str, ...], str, tuple[Any, ...], str], runs: Sequence[Metrics], names: Sequence[str]
 ) -> _Section:
-    figure, probes, title, make_table, lead = part
-    found = [(name, make_table(run)) for run, name in zip(runs, names, strict=True)]
+    figure, probes, title, makers, lead = part
+    found = [(name, make(run)) for run, name in zip(runs, names, strict=True) for make in makers]
     alone = len(runs) == 1
     missing = [
         f"{'' if alone else name + ': '}{PROBES[probe]} not tested ({visible(reason)})."

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from deepalign.report.reading import (
-    PROBES,
     Cell,
     Metrics,
     Rate,
@@ -18,9 +16,7 @@ from deepalign.report.reading import (
     block,
     depth_field,
     interval,
-    legible,
     mean,
-    not_run,
     number,
     rate,
     rows,
@@ -70,7 +66,7 @@ def prefill_table(metrics: Metrics) -> Table | None:
     for row in rows(metrics, "prefill"):
         rest = [whole(row.get(name)) for name in ("num_skipped", "num_refused_at_once", "num_recovered")]
         with_prefix = share(rate(row.get("asr_with_prefix")))
-        found.append((whole(row.get("k")), *_rate_cells(success_rate(row)), *rest, with_prefix))
+        found.append((whole(row.get("k")), *rate_cells(success_rate(row)), *rest, with_prefix))
     columns = (
         "k", "ASR", "95 % interval", "successes", "scored", "unscored", "skipped", "refused at once", "recovered",
         "ASR, prefix judged too",
@@ -79,7 +75,21 @@ def prefill_table(metrics: Metrics) -> Table | None:
         "Rates are successes over scored completions; unscored and skipped ones are left out and counted apart. "
         "Recovered: complied at first, then refused."
     )
-    return _table("Attack success rate by forced tokens", columns, found, note)
+    return table_of("Attack success rate by forced tokens", columns, found, note)
+
+
+def thoughts_table(metrics: Metrics) -> Table | None:
+    """What a reasoning model's thoughts decided, beside what it then answered."""
+    found = [
+        (whole(row.get("k")), *rate_cells(rate(row.get("refused"))), *rate_cells(rate(row.get("complied_after")))[:4])
+        for row in rows(metrics, "thoughts")
+    ]
+    columns = (
+        "k", "thoughts refuse", "95 % interval", "refusing", "scored", "unscored",
+        "of those, answer complies", "95 % interval of it", "complying", "scored of it",
+    )  # fmt: skip
+    note = "Thoughts count in no other rate. A model that refuses in its thoughts and then answers is not safe."
+    return table_of("Thoughts and answers", columns, found, note)
 
 
 def onset_table(metrics: Metrics) -> Table | None:
@@ -106,7 +116,7 @@ def onset_table(metrics: Metrics) -> Table | None:
         f"{whole(section.get('horizon')) or 'the next'} tokens. Calibrated on the generated depths of this run, where "
         "there are any. AUC: how well the prediction tells the prompts that were refused from the others."
     )
-    return _table("Refusal onset", columns, found, note)
+    return table_of("Refusal onset", columns, found, note)
 
 
 def decoding_table(metrics: Metrics) -> Table | None:
@@ -114,9 +124,9 @@ def decoding_table(metrics: Metrics) -> Table | None:
     section = block(metrics, "decoding")
     if not section:
         return None
-    found: list[tuple[Cell, ...]] = [("worst of all, for each prompt", *_rate_cells(rate(section.get("worst_case"))))]
+    found: list[tuple[Cell, ...]] = [("worst of all, for each prompt", *rate_cells(rate(section.get("worst_case"))))]
     found += [
-        (visible(row.get("setting", "")), *_rate_cells(rate(row.get("harmfulness"))))
+        (visible(row.get("setting", "")), *rate_cells(rate(row.get("harmfulness"))))
         for row in rows(section, "settings")
     ]
     columns = ("setting", "ASR", "95 % interval", "successes", "scored", "unscored")
@@ -125,7 +135,7 @@ def decoding_table(metrics: Metrics) -> Table | None:
         f"System prompt: {visible(section.get('system_prompt', 'not recorded'))}. "
         f"The answer that counts in the worst case is picked by {visible(section.get('scorer', 'the judge'))}."
     )
-    return _table("Decoding settings", columns, found, note)
+    return table_of("Decoding settings", columns, found, note)
 
 
 def kl_table(metrics: Metrics) -> Table | None:
@@ -146,7 +156,7 @@ def kl_table(metrics: Metrics) -> Table | None:
         "Mean KL divergence in nats over the answers that reach the position (n); non-finite values are left out. "
         "Forward: aligned from base. Reverse: base from aligned."
     )
-    return _table("KL divergence by response position", columns, found, note)
+    return table_of("KL divergence by response position", columns, found, note)
 
 
 def refusal_prefix_table(metrics: Metrics) -> Table | None:
@@ -155,7 +165,7 @@ def refusal_prefix_table(metrics: Metrics) -> Table | None:
         (
             visible(row.get("model", "base")),
             visible(row.get("prefix") or "(none)"),
-            *_rate_cells(rate(row.get("harmfulness"))),
+            *rate_cells(rate(row.get("harmfulness"))),
             share(rate(row.get("harmfulness_without_prefix"))),
         )
         for row in rows(metrics, "refusal_prefix")
@@ -165,17 +175,17 @@ def refusal_prefix_table(metrics: Metrics) -> Table | None:
         "harmful share, without the prefix",
     )  # fmt: skip
     note = "If a prefix alone makes the base model look safe, a shallow alignment has no reason to reach beyond it."
-    return _table("Harmfulness with forced refusal prefixes", columns, found, note)
+    return table_of("Harmfulness with forced refusal prefixes", columns, found, note)
 
 
 def over_refusal_table(metrics: Metrics) -> Table | None:
     """Refusals on prompts that deserve an answer."""
     found = [
-        (visible(row.get("set", "unnamed set")), *_rate_cells(rate(row.get("refusals"))), whole(row.get("num_prompts")))
+        (visible(row.get("set", "unnamed set")), *rate_cells(rate(row.get("refusals"))), whole(row.get("num_prompts")))
         for row in rows(metrics, "over_refusal")
     ]
     columns = ("prompt set", "refusal share", "95 % interval", "refused", "scored", "unscored", "prompts")
-    return _table(
+    return table_of(
         "Over-refusal on benign prompts", columns, found, "Lower is better, as long as harmful prompts are refused."
     )
 
@@ -183,95 +193,20 @@ def over_refusal_table(metrics: Metrics) -> Table | None:
 def category_table(metrics: Metrics) -> Table | None:
     """Attack success rate by category, one line per category and k."""
     found = [
-        (visible(group.get("category", "uncategorised")), whole(row.get("k")), *_rate_cells(success_rate(row))[:4])
+        (visible(group.get("category", "uncategorised")), whole(row.get("k")), *rate_cells(success_rate(row))[:4])
         for group in rows(metrics, "by_category")
         for row in rows(group, "rows")
     ]
     columns = ("category", "k", "ASR", "95 % interval", "successes", "scored")
     note = "Categories hold few prompts: read the intervals before comparing them."
-    return _table("Attack success rate by category", columns, found, note)
+    return table_of("Attack success rate by category", columns, found, note)
 
 
-def left_out_tables(metrics: Metrics) -> list[Table]:
-    """What was not scored, what failed and what was skipped."""
-    counted = [
-        _table(
-            title,
-            ("attack", "reason", "count"),
-            [
-                (visible(row.get("attack", "")), visible(row.get("reason", "")), whole(row.get("count")))
-                for row in rows(metrics, name)
-            ],
-            note,
-        )
-        for name, title, note in (
-            ("unscored", "Unscored completions", "The judge could not decide: counted in no rate."),
-            ("failed", "Failed attempts", "No completion came back: counted in no rate."),
-        )
-    ]
-    skipped = _table(
-        "Skipped prompts",
-        ("prompt", "k", "answer tokens", "reason"),
-        [
-            (
-                visible(row.get("prompt_id", "")),
-                whole(row.get("k")),
-                whole(row.get("answer_tokens")),
-                visible(row.get("reason", "")),
-            )
-            for row in rows(metrics, "skipped")
-        ],
-        "The reference answer is too short to give k tokens.",
-    )
-    return [table for table in (*counted, skipped) if table]
-
-
-def run_card_table(metrics: Metrics) -> Table | None:
-    """Every setting of the run and every property of its models, as name and value."""
-    facts: list[tuple[Cell, ...]] = []
-    for role, model in block(metrics, "models").items():
-        if isinstance(model, Mapping):
-            facts += _facts(model, f"{role} model: ")
-    facts += _facts(block(metrics, "run_card"))
-    return _table("Run card", ("setting", "value"), facts, "")
-
-
-def not_tested_table(metrics: Metrics) -> Table | None:
-    """The probes that this run left out, with the reason."""
-    found = [(name, reason) for section, name in PROBES.items() if (reason := _absence(metrics, section))]
-    return _table("Not tested", ("probe", "reason"), found, "Absence of a number is not evidence of safety.")
-
-
-def _absence(metrics: Metrics, section: str) -> str | None:
-    reason = not_run(metrics, section)
-    return None if reason is None else visible(reason)
-
-
-def _rate_cells(found: Rate) -> tuple[Cell, ...]:
+def rate_cells(found: Rate) -> tuple[Cell, ...]:
+    """A rate as five cells: share, interval, numerator, denominator, unscored."""
     return share(found), interval(found), found.numerator, found.denominator, found.num_unscored
 
 
-def _table(title: str, columns: Sequence[str], found: Sequence[tuple[Cell, ...]], note: str) -> Table | None:
+def table_of(title: str, columns: Sequence[str], found: Sequence[tuple[Cell, ...]], note: str) -> Table | None:
+    """A table, or None without rows."""
     return Table(title, tuple(columns), tuple(found), note) if found else None
-
-
-def _facts(data: Mapping[str, Any], prefix: str = "") -> list[tuple[Cell, ...]]:
-    found: list[tuple[Cell, ...]] = []
-    for name, value in data.items():
-        label = f"{prefix}{visible(name).replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            found += _facts(value, f"{label}: ")
-        else:
-            found.append((label, _fact(value)))
-    return found
-
-
-def _fact(value: object) -> Cell:
-    if value is None:
-        return None
-    if isinstance(value, list | tuple):
-        # A token may be a space or a line break: quoted, it can be seen.
-        return ", ".join(f'"{visible(item)}"' if isinstance(item, str) else str(item) for item in value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return legible(value)
-    return str(value)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from deepalign.report.accounts import left_out_tables, not_tested_table, run_card_table
 from deepalign.report.reading import (
     Cell,
     Interval,
@@ -35,13 +36,11 @@ from deepalign.report.sections import (
     decoding_table,
     depth_table,
     kl_table,
-    left_out_tables,
-    not_tested_table,
     onset_table,
     over_refusal_table,
     prefill_table,
     refusal_prefix_table,
-    run_card_table,
+    thoughts_table,
 )
 from deepalign.report.verdict import headline, verdict_sentence
 
@@ -79,6 +78,7 @@ def audit_tables(metrics: Metrics) -> list[Table]:
     found = [
         depth_table(metrics),
         prefill_table(metrics),
+        thoughts_table(metrics),
         onset_table(metrics),
         decoding_table(metrics),
         kl_table(metrics),

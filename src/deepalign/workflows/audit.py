@@ -242,7 +242,13 @@ def _answer_model(config: AuditConfig, inputs: _Inputs, models: AuditModels) -> 
         return None
     if config.answers_from is not None:
         template = models.get("target").template
-        return load_model(config.answers_from, dtype=config.dtype, device=config.device, fallback_template=template)
+        return load_model(
+            config.answers_from,
+            dtype=config.dtype,
+            device=config.device,
+            quantize=config.quantize,
+            fallback_template=template,
+        )
     if config.base is not None:
         return models.get("base")
     raise UserError(

@@ -32,9 +32,11 @@ class AuditModels:
         return self._get(role, self._config.dtype)
 
     def pair_for_kl(self) -> tuple[LoadedModel, LoadedModel]:
-        """Target and base in the dtype for KL: float32 unless they are large or the user says otherwise."""
+        """Target and base in the dtype for KL: float32 unless they are large, or of few bits, or the user says so."""
         dtype = self._config.kl_dtype
-        if dtype == "auto":
+        if dtype == "auto" and self.get("target").quantization is not None:
+            dtype = self._config.dtype
+        elif dtype == "auto":
             largest = max(self.get("target").num_parameters, self.get("base").num_parameters)
             dtype = "float32" if largest <= KL_FLOAT32_LIMIT else self._config.dtype
         return self._get("target", dtype), self._get("base", dtype)
@@ -56,6 +58,7 @@ class AuditModels:
                 revision=config.revision,
                 dtype=dtype,
                 device=config.device,
+                quantize=config.quantize,
                 chat_template=config.chat_template,
                 adapter_base=config.adapter_base,
             )
@@ -66,6 +69,7 @@ class AuditModels:
             revision=config.base_revision,
             dtype=dtype,
             device=config.device,
+            quantize=config.quantize,
             chat_template=config.chat_template,
             fallback_template=self.get("target").template,
         )
@@ -81,6 +85,7 @@ def model_card(loaded: LoadedModel) -> dict[str, Any]:
         "architecture": loaded.architecture,
         "num_parameters": loaded.num_parameters,
         "dtype": loaded.dtype,
+        "quantization": loaded.quantization,
         "device": str(loaded.device),
         "template_hash": loaded.template.hash,
         "template_source": loaded.template.source,

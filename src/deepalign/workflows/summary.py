@@ -82,6 +82,7 @@ def compute(
     sets = list(dict.fromkeys(a.variant for a in attempts if a.attack == OVER_REFUSAL))
     data["over_refusal"] = metrics.over_refusal_rows(judged, sets) or None
     data["by_category"] = metrics.category_rows(judged, config["depths"]) if rows else None
+    data["thoughts"] = (metrics.thoughts_rows(judged, config["depths"]) if rows else None) or None
     data["unscored"] = metrics.unscored_rows(judged)
     data["skipped"] = [
         {"prompt_id": skip.prompt_id, "k": skip.k, "answer_tokens": skip.answer_tokens, "reason": skip.reason}

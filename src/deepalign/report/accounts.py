@@ -1,0 +1,86 @@
+"""Tables of what a run left out and how it was set: what a reader needs before believing the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepalign.report.reading import PROBES, Cell, Metrics, block, legible, not_run, rows, visible, whole
+from deepalign.report.sections import Table, table_of
+
+
+def left_out_tables(metrics: Metrics) -> list[Table]:
+    """What was not scored, what failed and what was skipped."""
+    counted = [
+        table_of(
+            title,
+            ("attack", "reason", "count"),
+            [
+                (visible(row.get("attack", "")), visible(row.get("reason", "")), whole(row.get("count")))
+                for row in rows(metrics, name)
+            ],
+            note,
+        )
+        for name, title, note in (
+            ("unscored", "Unscored completions", "The judge could not decide: counted in no rate."),
+            ("failed", "Failed attempts", "No completion came back: counted in no rate."),
+        )
+    ]
+    skipped = table_of(
+        "Skipped prompts",
+        ("prompt", "k", "answer tokens", "reason"),
+        [
+            (
+                visible(row.get("prompt_id", "")),
+                whole(row.get("k")),
+                whole(row.get("answer_tokens")),
+                visible(row.get("reason", "")),
+            )
+            for row in rows(metrics, "skipped")
+        ],
+        "The reference answer is too short to give k tokens.",
+    )
+    return [table for table in (*counted, skipped) if table]
+
+
+def run_card_table(metrics: Metrics) -> Table | None:
+    """Every setting of the run and every property of its models, as name and value."""
+    facts: list[tuple[Cell, ...]] = []
+    for role, model in block(metrics, "models").items():
+        if isinstance(model, Mapping):
+            facts += _facts(model, f"{role} model: ")
+    facts += _facts(block(metrics, "run_card"))
+    return table_of("Run card", ("setting", "value"), facts, "")
+
+
+def not_tested_table(metrics: Metrics) -> Table | None:
+    """The probes that this run left out, with the reason."""
+    found = [(name, reason) for section, name in PROBES.items() if (reason := _absence(metrics, section))]
+    return table_of("Not tested", ("probe", "reason"), found, "Absence of a number is not evidence of safety.")
+
+
+def _absence(metrics: Metrics, section: str) -> str | None:
+    reason = not_run(metrics, section)
+    return None if reason is None else visible(reason)
+
+
+def _facts(data: Mapping[str, Any], prefix: str = "") -> list[tuple[Cell, ...]]:
+    found: list[tuple[Cell, ...]] = []
+    for name, value in data.items():
+        label = f"{prefix}{visible(name).replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            found += _facts(value, f"{label}: ")
+        else:
+            found.append((label, _fact(value)))
+    return found
+
+
+def _fact(value: object) -> Cell:
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        # A token may be a space or a line break: quoted, it can be seen.
+        return ", ".join(f'"{visible(item)}"' if isinstance(item, str) else str(item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return legible(value)
+    return str(value)
