@@ -1,10 +1,11 @@
-"""Write a finished audit's figures into the documents, so that none is typed by hand.
+"""Write measured figures into the documents, so that none is typed by hand.
 
     make audit
     python scripts/document_audit.py runs/testbed-shallow-XXXXXXXX
 
 Copies the run's `metrics.json` to `measurements/` and fills every `<!-- figure NAME -->...<!-- end -->` block in
-README.md and docs/ from it; `<!-- figure NAME of FILE -->` takes another file of `measurements/`.
+README.md and docs/ from it; `<!-- figure NAME of FILE -->` takes another file of `measurements/`. Without a run, only
+the blocks that name a file are filled.
 """
 
 from __future__ import annotations
@@ -12,28 +13,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/testbed.md", "docs/paper-map.md")
+DOCUMENTS = ("README.md", "docs/testbed.md", "docs/paper-map.md", "docs/speed.md", "docs/onset.md")
 BLOCK = re.compile(r"(<!-- figure ([a-z-]+)(?: of (\S+))? -->).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Copy the metrics and fill the blocks."""
-    run = Path(sys.argv[1])
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    day = metrics["run_card"]["started"][:10]
-    name = metrics["model"].replace(":", "-")
-    target = ROOT / "measurements" / f"audit_{name}_{metrics['models']['target']['device']}_{day}.json"
-    target.parent.mkdir(exist_ok=True)
-    shutil.copy(run / "metrics.json", target)
+    """Copy the metrics, if a run is given, and fill the blocks."""
+    target = copied(Path(sys.argv[1])) if len(sys.argv) > 1 else None
 
     def fill(found: re.Match[str]) -> str:
-        source = target.with_name(found[3]) if found[3] else target
+        source = ROOT / "measurements" / found[3] if found[3] else target
+        if source is None:
+            return found[0]
         measured = json.loads(source.read_text(encoding="utf-8"))
         text = summary(measured, source.relative_to(ROOT)) if found[2] == "summary" else FIGURES[found[2]](measured)
         return found[1] + text + found[4]
@@ -41,6 +39,17 @@ def main() -> None:
     for document in DOCUMENTS:
         path = ROOT / document
         path.write_text(BLOCK.sub(fill, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def copied(run: Path) -> Path:
+    """A run's metrics among the measurements."""
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    day = metrics["run_card"]["started"][:10]
+    name = metrics["model"].replace(":", "-")
+    target = ROOT / "measurements" / f"audit_{name}_{metrics['models']['target']['device']}_{day}.json"
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(run / "metrics.json", target)
+    return target
 
 
 def percent(value: float | None) -> str:
@@ -113,6 +122,41 @@ def over_refusal(metrics: dict[str, Any]) -> str:
     return f"Refused harmless prompts: {', '.join(parts)}."
 
 
+def benchmark(measured: dict[str, Any]) -> str:
+    """One comparison's medians and ratios, as the cells of a table's row."""
+    ours, theirs = (statistics.median(measured["seconds"][side]) for side in ("ours", "theirs"))
+    own, other = (statistics.median(measured["peak_bytes_over_start"][side]) / 2**20 for side in ("ours", "theirs"))
+    ratios = measured["ratios"]
+    return (
+        f" {ours:.1f} s | {theirs:.1f} s | {ratios['time']:.2f} | {own:.0f} MiB | {other:.0f} MiB | "
+        f"{ratios['memory']:.2f} "
+    )
+
+
+def study(measured: dict[str, Any]) -> str:
+    """The onset study's agreement with what was generated, as a table."""
+    lines = ["", "", "| | rank correlation | mean absolute error | largest error | cells |", "|---|---|---|---|---|"]
+    for kind, row in measured["summary"].items():
+        lines.append(
+            f"| {kind.replace('_', ' ')} | {row['rank_correlation']:.3f} | {row['mean_absolute_error']:.3f} | "
+            f"{row['largest_error']:.3f} | {row['cells']} |"
+        )
+    return "\n".join([*lines, "", ""])
+
+
+def study_cells(measured: dict[str, Any]) -> str:
+    """Generated and calibrated ASR of every model and depth of the onset study, first prompt set."""
+    first = measured["cells"][0]["set"]
+    cells = [cell for cell in measured["cells"] if cell["set"] == first]
+    depths = sorted({cell["k"] for cell in cells})
+    lines = ["", "", f"| model | {' | '.join(f'k = {k}' for k in depths)} |", "|---" * (len(depths) + 1) + "|"]
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        at = {cell["k"]: cell for cell in cells if cell["model"] == model}
+        shown = [f"{100 * at[k]['generated']:.0f} / {100 * at[k]['calibrated']:.0f}" if k in at else "" for k in depths]
+        lines.append(f"| {model} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", ""])
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "prefill": prefill,
     "kl": kl,
@@ -120,8 +164,11 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "over-refusal": over_refusal,
     "decoding": decoding,
     "onset": onset,
+    "benchmark": benchmark,
+    "study": study,
+    "study-cells": study_cells,
 }
-"""Figures of one line, by the name of their block."""
+"""Figures by the name of their block."""
 
 
 if __name__ == "__main__":

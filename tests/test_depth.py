@@ -330,3 +330,30 @@ def test_padded_embedding_rows_are_left_out(tiny_llama: Callable[..., Any], tiny
         q_TV = narrow(input_ids=torch.tensor([rendered.ids])).logits[0].double().softmax(dim=-1)
     expected = (p_TV * (p_TV / q_TV).log()).sum(dim=-1)[4:8]
     assert found.forward == pytest.approx(expected.tolist(), rel=2e-4)
+
+
+def run_out_of_memory(model: Any, when: Callable[[Tensor], bool]) -> None:
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if when(kwargs["input_ids"]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@pytest.mark.parametrize("most_rows", [1, 2, 4])
+def test_out_of_memory_halves_the_batch(most_rows: int, random_model: Callable[..., Any]) -> None:
+    model, base = random_model("llama"), random_model("llama", seed=1)
+    expected = profiles(model, base)
+    run_out_of_memory(base, lambda ids_BT: len(ids_BT) > most_rows)
+    for name, profile in profiles(model, base).items():
+        assert profile.forward == pytest.approx(expected[name].forward, rel=1e-4, abs=1e-6)
+
+
+def test_a_sequence_that_does_not_fit_alone_is_unknown(random_model: Callable[..., Any]) -> None:
+    model, base = random_model("llama"), random_model("llama", seed=1)
+    expected = profiles(model, base)
+    longest = max(len(rendered.ids[: rendered.response_start + 8]) for _, rendered in ITEMS)
+    run_out_of_memory(model, lambda ids_BT: ids_BT.shape[1] >= longest)
+    found = profiles(model, base)
+    assert found["p5"].forward == found["p5"].reverse == (None,) * 8
+    assert found["p0"].forward == pytest.approx(expected["p0"].forward, rel=1e-4, abs=1e-6)

@@ -177,3 +177,57 @@ def test_the_callers_model_is_left_as_it_was(random_model: Callable[..., Any]) -
     measured(model)
     assert model.training
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def run_out_of_memory(model: Any, when: Callable[[torch.Tensor], bool]) -> None:
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if when(kwargs["input_ids"]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@pytest.mark.usefixtures("all_branches")
+@pytest.mark.parametrize("most_rows", [1, 2, 4])
+def test_out_of_memory_halves_the_batch(most_rows: int, random_model: Callable[..., Any]) -> None:
+    model = random_model("llama")
+    expected = measured(model)
+    run_out_of_memory(model, lambda ids_BT: len(ids_BT) > most_rows)
+    for name, profile in measured(model).items():
+        assert profile.checked == pytest.approx(expected[name].checked, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.usefixtures("all_branches")
+def test_a_sequence_that_does_not_fit_alone_is_told_apart(
+    random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model("llama")
+    expected = measured(model)
+    monkeypatch.setattr(onset, "_may_read_together", lambda *_: True)
+    longest = max(len(rendered.ids[: rendered.response_start + 8]) for _, rendered in ITEMS)
+    run_out_of_memory(model, lambda ids_BT: ids_BT.shape[1] == longest)
+    found = measured(model)
+    assert [name for name, profile in found.items() if not profile.finite] == ["p5"]
+    assert found["p0"].checked == pytest.approx(expected["p0"].checked, rel=1e-4, abs=1e-7)
+
+
+def test_a_branch_that_gets_too_thin_counts_by_the_share_of_the_others(
+    random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First tokens are looked into, what follows them only above a mass; nothing of it may be lost."""
+    model = random_model("llama")
+    monkeypatch.setattr(onset, "_MOST_BRANCHES", 100)
+    monkeypatch.setattr(onset, "_LEAST_MASS", 0.0)
+    everything = measured(model)
+    monkeypatch.setattr(onset, "_LEAST_MASS", 0.004)
+    some = measured(model)
+    thinner = 0
+    for name, profile in some.items():
+        whole = everything[name]
+        # Certain mass is never more than all of it, and with what was not looked into never less.
+        for part, rest, full in zip(profile.checked, profile.unchecked, whole.checked, strict=True):
+            assert part <= full + 1e-9
+            assert full <= part + rest + 1e-9
+            thinner += part < full - 1e-9
+        assert profile.branched <= whole.branched + 1e-9
+    assert thinner > 5

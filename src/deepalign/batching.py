@@ -5,14 +5,18 @@ Rows of like length and those that share a prefix, and no more than memory holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from deepalign.records import Sampling
 
+logger = logging.getLogger("deepalign")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _CPU_CACHE_BYTES = 3 * 2**30
 
 
@@ -106,3 +110,34 @@ def _cache_budget(model: Any) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.6)
     return _CPU_CACHE_BYTES
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+
+
+def in_halves(
+    work: Callable[[Sequence[Item]], list[Result]], part: Sequence[Item], hopeless: Callable[[Item], Result]
+) -> list[Result]:
+    """Work on a batch; where memory does not hold it, on its halves.
+
+    Args:
+        work: What to do with a batch; one result for each item, in order.
+        part: The batch.
+        hopeless: The result for an item that does not fit even alone.
+    """
+    try:
+        return work(part)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(part) == 1:
+        logger.warning("out of memory with a single sequence; it is left out")
+        return [hopeless(part[0])]
+    logger.warning("out of memory with %d sequences; going on with half", len(part))
+    middle = len(part) // 2
+    return in_halves(work, part[:middle], hopeless) + in_halves(work, part[middle:], hopeless)

@@ -59,8 +59,10 @@ class Apart:
         """As `Answers` says."""
         rows = [(*self._sequences[node.row][: node.place], *node.path) for node in nodes]
         found = []
-        for first in range(0, len(rows), 16):
-            part = rows[first : first + 16]
+        # No more at a time than there are answers, so that a batch that was halved for memory is halved here too.
+        size = len(self._sequences)
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
             source = self._reader(padded(self._model, part), [slice(len(row) - 1, len(row)) for row in part])
             found.append(chosen_probabilities(source, self._vocab_size, followers))
         return torch.cat(found)

@@ -203,5 +203,7 @@ def _quiet_libraries() -> None:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     # Read when tqdm is imported: the conversion of GGUF files draws a bar that no setting of its library turns off.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # It tells of kernels that it could also have, and of every cast.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

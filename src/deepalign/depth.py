@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepalign.batching import in_halves
 from deepalign.chat import Rendered
 from deepalign.errors import UserError
 from deepalign.generation import evaluation_mode
@@ -66,7 +67,7 @@ def kl_profiles(
         items: Conversations whose response is the answer.
         vocab_size: Entries to compare, from `check_vocabularies`.
         max_positions: Positions of each response to look at, from the first.
-        batch: Sequences in one forward pass.
+        batch: Sequences in one forward pass; fewer where memory runs out. One that does not fit alone is all None.
     """
     kept = [(name, *_clip(rendered, max_positions)) for name, rendered in items]
     kept = sorted((item for item in kept if item[2] > 0), key=lambda item: -len(item[1]))
@@ -76,18 +77,25 @@ def kl_profiles(
         with torch.inference_mode():
             probe = kept[0][1][:16]
             our_reader, their_reader = logit_reader(model, probe), logit_reader(base, probe)
-        for start in range(0, len(kept), batch):
-            part = kept[start : start + batch]
-            sequences = [ids for _, ids, _ in part]
-            counts = [count for _, _, count in part]
+
+        def measured(part: Sequence[tuple[str, tuple[int, ...], int]]) -> list[KlProfile]:
+            sequences, counts = [ids for _, ids, _ in part], [count for _, _, count in part]
             with torch.inference_mode():
                 picks = predicting(sequences, counts)
                 ours = our_reader(padded(model, sequences), picks)
                 theirs = their_reader(padded(base, sequences), picks)
                 forward_N, reverse_N = kl_by_slices(ours, theirs, vocab_size)
-            forward, reverse = torch.split(forward_N.cpu(), counts), torch.split(reverse_N.cpu(), counts)
-            for (name, _, _), one, other in zip(part, forward, reverse, strict=True):
-                yield KlProfile(prompt_id=name, forward=_finite(one), reverse=_finite(other))
+            sides = zip(torch.split(forward_N.cpu(), counts), torch.split(reverse_N.cpu(), counts), strict=True)
+            return [
+                KlProfile(prompt_id=name, forward=_finite(one), reverse=_finite(other))
+                for (name, _, _), (one, other) in zip(part, sides, strict=True)
+            ]
+
+        def unknown(item: tuple[str, tuple[int, ...], int]) -> KlProfile:
+            return KlProfile(prompt_id=item[0], forward=(None,) * item[2], reverse=(None,) * item[2])
+
+        for start in range(0, len(kept), batch):
+            yield from in_halves(measured, kept[start : start + batch], unknown)
 
 
 def kl_by_slices(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from deepalign.batching import Continuation, Job, Row, batches, with_hosts
+from deepalign.batching import Continuation, Job, Row, batches, is_out_of_memory, with_hosts
 from deepalign.caching import takes_batches
 from deepalign.decoding import Decoding, shares_attention
 from deepalign.sharing import NotShared
@@ -75,7 +75,7 @@ def _generate_or_split(
         logger.warning("%s does not share prefixes after all (%s); going on without", type(model).__name__, error)
         parts, shared = [batch], False
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         rest = [row for row in batch if row.index not in finished]
         if len(rest) == 1:
@@ -95,11 +95,6 @@ def _written(model: Any, batch: list[Row], stop_ids: frozenset[int], *, shared: 
     decoding = Decoding(model, batch, stop_ids=stop_ids, shared=shared)
     while decoding.unfinished:
         yield from decoding.step()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from deepalign.batching import in_halves
 from deepalign.branches import Answers, Apart, Node, Path, Together, reads_together
 from deepalign.chat import Rendered
 from deepalign.generation import evaluation_mode
@@ -96,7 +97,7 @@ class OnsetProfile:
 
     @property
     def finite(self) -> bool:
-        """False where the model gave numbers that are none; such a profile is empty."""
+        """False where the model gave numbers that are none, or memory none at all; such a profile is empty."""
         return bool(self.checked)
 
 
@@ -117,7 +118,7 @@ def onset_profiles(
         openings: What counts as the beginning of a refusal.
         vocab_size: Width of the model's output.
         max_positions: Positions of each response to look at; shorter answers give fewer.
-        batch: Sequences in one forward pass.
+        batch: Sequences in one forward pass; fewer where memory runs out. One that does not fit alone is not finite.
     """
     kept = [
         (name, rendered.ids[: rendered.response_start + max_positions], rendered.response_start)
@@ -131,12 +132,18 @@ def onset_profiles(
         reader = logit_reader(model, kept[0][1][:16])
         together = _may_read_together(model, reader, vocab_size, openings, kept[0][1])
     kind = Together if together else Apart
-    for start in range(0, len(kept), batch):
-        part = kept[start : start + batch]
-        # Not held over the yield: the caller may do what it likes with the model in between.
+
+    def measured(part: Sequence[tuple[str, tuple[int, ...], int]]) -> list[OnsetProfile]:
+        # Not held over a yield: the caller may do what it likes with the model in between.
         with evaluation_mode(model), torch.inference_mode():
-            found = _profiles(kind(model, reader, vocab_size, [ids for _, ids, _ in part]), part, openings)
-        yield from found
+            return _profiles(kind(model, reader, vocab_size, [ids for _, ids, _ in part]), part, openings)
+
+    for start in range(0, len(kept), batch):
+        yield from in_halves(measured, kept[start : start + batch], lambda item: _unknown(item[0]))
+
+
+def _unknown(name: str) -> OnsetProfile:
+    return OnsetProfile(prompt_id=name, checked=(), unchecked=(), branched=0.0, accepted=0.0)
 
 
 def _may_read_together(
@@ -178,7 +185,7 @@ class _Tally:
     def profile(self, name: str) -> OnsetProfile:
         """The result."""
         if not self.finite:
-            return OnsetProfile(prompt_id=name, checked=(), unchecked=(), branched=0.0, accepted=0.0)
+            return _unknown(name)
         return OnsetProfile(
             prompt_id=name,
             checked=tuple(self.checked),
