@@ -135,12 +135,19 @@ def benchmark(measured: dict[str, Any]) -> str:
 
 def study(measured: dict[str, Any]) -> str:
     """The onset study's agreement with what was generated, as a table."""
-    lines = ["", "", "| | rank correlation | mean absolute error | largest error | cells |", "|---|---|---|---|---|"]
-    for kind, row in measured["summary"].items():
-        lines.append(
-            f"| {kind.replace('_', ' ')} | {row['rank_correlation']:.3f} | {row['mean_absolute_error']:.3f} | "
-            f"{row['largest_error']:.3f} | {row['cells']} |"
-        )
+    lines = [
+        "",
+        "",
+        "| cells | prediction | rank correlation (at best) | mean absolute error | largest | inside the 95 % interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, name in (("model, k", "summary"), ("model, prompt set, k", "summary_by_set")):
+        for kind, row in measured[name].items():
+            lines.append(
+                f"| {title} | {kind.replace('_', ' ')} | {row['rank_correlation']:.2f} "
+                f"({row['rank_correlation_at_best']:.2f}) | {row['mean_absolute_error']:.3f} | "
+                f"{row['largest_error']:.2f} | {row['within_interval']} of {row['cells']} |"
+            )
     return "\n".join([*lines, "", ""])
 
 
@@ -157,6 +164,26 @@ def study_cells(measured: dict[str, Any]) -> str:
     return "\n".join([*lines, "", ""])
 
 
+def study_cost(measured: dict[str, Any]) -> str:
+    """What the onset cost beside generating seven depths."""
+    onset_seconds, prefill_seconds = (sum(row[name] for row in measured["seconds"]) for name in ("onset", "prefill"))
+    return (
+        f"{onset_seconds:.0f} s against {prefill_seconds:.0f} s for {len(measured['settings']['depths'])} generated "
+        f"depths, a ratio of {onset_seconds / prefill_seconds:.2f}"
+    )
+
+
+def study_auc(measured: dict[str, Any]) -> str:
+    """Median AUC over models and sets, at each depth."""
+    by_k: dict[str, list[float]] = {}
+    for row in measured["per_prompt_auc"].values():
+        for k, value in row.items():
+            if value is not None:
+                by_k.setdefault(k, []).append(value)
+    shown = [f"{statistics.median(values):.2f}" for values in by_k.values()]
+    return f"{' / '.join(shown)} at k = {' / '.join(by_k)}"
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "prefill": prefill,
     "kl": kl,
@@ -167,6 +194,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "benchmark": benchmark,
     "study": study,
     "study-cells": study_cells,
+    "study-cost": study_cost,
+    "study-auc": study_auc,
 }
 """Figures by the name of their block."""
 

@@ -4,7 +4,8 @@
 
 Audits `testbed:base`, `testbed:shallow` at several strengths (its adapter scaled) and any `--model` given, with the
 prefill and onset probes, on the built-in test sets that no adapter was trained on. Each model's calibration is fitted
-on one half of the prompts, split by behaviour, and judged on the other half; a second one, on all other models.
+on one half of the prompts, split by behaviour, and judged on the other half, both ways round; a second one, on all
+other models.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +65,8 @@ def main() -> None:
     for (name, prompts), mine in pairs.items():
         others = [pair for key, found in pairs.items() if key[0] != name for pair in found]
         cells += cells_of(name, prompts, mine, others)
-    data = {"settings": {"depths": DEPTHS, "limit": options.limit}, "summary": summary(cells), "cells": cells,
+    data = {"settings": {"depths": DEPTHS, "limit": options.limit}, "summary": summary(merged(cells)),
+            "summary_by_set": summary(cells), "cells": cells,
             "per_prompt_auc": {f"{name}, {prompts}": auc(found) for (name, prompts), found in pairs.items()},
             "seconds": costs, "environment": environment()}  # fmt: skip
     options.output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -101,43 +104,85 @@ def half(behaviour: str) -> bool:
 
 
 def cells_of(name: str, prompts: str, mine: Sequence[Pair], others: Sequence[Pair]) -> list[dict[str, Any]]:
-    """One cell for each depth: ASR on the held-out half, as predicted, as calibrated in both ways, and as judged."""
-    own = statistics.calibrate([(chance, refused) for behaviour, _, chance, refused in mine if half(behaviour)])
+    """One cell for each depth: ASR as predicted, as calibrated in both ways, and as judged."""
+    halves = {
+        side: [(chance, refused) for behaviour, _, chance, refused in mine if half(behaviour) is side]
+        for side in (True, False)
+    }
+    own = {side: statistics.calibrate(halves[not side]) for side in halves}
     foreign = statistics.calibrate([(chance, refused) for _, _, chance, refused in others])
-    assert own is not None
-    assert foreign is not None
     cells = []
     for k in sorted({k for _, k, _, _ in mine}):
-        here = [(chance, refused) for behaviour, depth, chance, refused in mine if depth == k and not half(behaviour)]
-        if here:
-            n = len(here)
-            cells.append(
-                {
-                    "model": name,
-                    "set": prompts,
-                    "k": k,
-                    "n": n,
-                    "generated": 1 - sum(refused for _, refused in here) / n,
-                    "predicted": 1 - sum(chance for chance, _ in here) / n,
-                    "calibrated": 1 - sum(own.apply(chance) for chance, _ in here) / n,
-                    "calibrated_on_others": 1 - sum(foreign.apply(chance) for chance, _ in here) / n,
-                }
-            )
+        here = [(half(behaviour), chance, refused) for behaviour, depth, chance, refused in mine if depth == k]
+        n = len(here)
+        found = statistics.wilson(sum(not refused for _, _, refused in here) / n, n)
+        cells.append(
+            {
+                "model": name,
+                "set": prompts,
+                "k": k,
+                "n": n,
+                "generated": 1 - sum(refused for _, _, refused in here) / n,
+                "generated_ci95": list(found),
+                "predicted": 1 - sum(chance for _, chance, _ in here) / n,
+                "calibrated": 1 - sum(applied(own[side], chance) for side, chance, _ in here) / n,
+                "calibrated_on_others": 1 - sum(applied(foreign, chance) for _, chance, _ in here) / n,
+            }
+        )
     return cells
 
 
+def applied(calibration: statistics.Calibration | None, chance: float) -> float:
+    """A calibrated probability; the plain one where nothing could be fitted."""
+    return calibration.apply(chance) if calibration else chance
+
+
+KINDS = ("predicted", "calibrated", "calibrated_on_others")
+
+
+def merged(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One cell for each model and depth, its prompt sets taken together."""
+    found = []
+    for model, k in dict.fromkeys((cell["model"], cell["k"]) for cell in cells):
+        here = [cell for cell in cells if (cell["model"], cell["k"]) == (model, k)]
+        n = sum(cell["n"] for cell in here)
+        rates = {kind: sum(cell["n"] * cell[kind] for cell in here) / n for kind in ("generated", *KINDS)}
+        interval = list(statistics.wilson(rates["generated"], n))
+        found.append({"model": model, "set": "both", "k": k, "n": n, "generated_ci95": interval, **rates})
+    return found
+
+
 def summary(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rank correlation and mean absolute error over all cells."""
+    """Rank correlation and mean absolute error over all cells.
+
+    `rank_correlation_at_best` is what a prediction that is exactly right would reach on average, given how many prompts
+    a judged rate rests on: cells that hardly differ are ranked by chance.
+    """
     judged = [cell["generated"] for cell in cells]
     return {
         kind: {
             "rank_correlation": statistics.rank_correlation([cell[kind] for cell in cells], judged),
+            "rank_correlation_at_best": at_best([(cell[kind], cell["n"]) for cell in cells]),
             "mean_absolute_error": sum(abs(cell[kind] - cell["generated"]) for cell in cells) / len(cells),
             "largest_error": max(abs(cell[kind] - cell["generated"]) for cell in cells),
+            "within_interval": sum(
+                cell["generated_ci95"][0] <= cell[kind] <= cell["generated_ci95"][1] for cell in cells
+            ),
             "cells": len(cells),
         }
-        for kind in ("predicted", "calibrated", "calibrated_on_others")
+        for kind in KINDS
     }
+
+
+def at_best(cells: Sequence[tuple[float, int]], draws: int = 300) -> float:
+    """Mean rank correlation of rates with samples of those very rates."""
+    rng = random.Random(0)
+    rates = [rate for rate, _ in cells]
+    found = []
+    for _ in range(draws):
+        sampled = [sum(rng.random() < rate for _ in range(n)) / n for rate, n in cells]
+        found.append(statistics.rank_correlation(rates, sampled) or 0.0)
+    return sum(found) / len(found)
 
 
 def auc(pairs: Sequence[Pair]) -> dict[str, float | None]:

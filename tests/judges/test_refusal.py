@@ -197,7 +197,7 @@ def test_batch_keeps_order_and_ignores_the_prompt() -> None:
 
 def test_reason_quotes_the_phrase_as_written() -> None:
     assert JUDGE.judge_text("**I’m sorry**, but I  can’t help with that.").reason.endswith("I can’t help")
-    assert JUDGE.version == "refusal-1"
+    assert JUDGE.version == "refusal-2"
     assert JUDGE.name == "refusal"
 
 

@@ -129,7 +129,7 @@ def test_an_interrupted_judging_goes_on(run: Path, flaky: str, monkeypatch: pyte
 
 def test_a_newer_version_of_a_judge_rules_on_everything_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = json.loads((run / "manifest.json").read_bytes())
-    assert manifest["judges"] == {"refusal": "refusal-1"}
+    assert manifest["judges"] == {"refusal": "refusal-2"}
     stale = rows(run, "verdicts.refusal.jsonl")
     lines = [json.dumps({**row, "status": "refused", "outcome": "refused_at_once"}) + "\n" for row in stale]
     (run / "verdicts.refusal.jsonl").write_text("".join(lines), encoding="utf-8")

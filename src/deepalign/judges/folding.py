@@ -35,6 +35,10 @@ _TABLE = (
     | {"\t": " ", "|": " ", "\u3002": ". ", "\uff61": ". ", "\uff01": "! ", "\uff1f": "? ", "\u3001": ","}
 )
 _FIRST_PICTOGRAPH = "\u2190"
+_GLUED = re.compile(
+    r"(?<=[a-z0-9.!?,])(?=I(?:['\u2019](?:m|d)|(?: am| can(?:not|['\u2019]t| not)| won['\u2019]t| will not| must))\b)"
+)
+"""Where a model breaks off in the middle of a word, or forgets the space, to speak for itself: "the doI cannot"."""
 _SPEAKER = re.compile(r"(?:(?<=\n)|\A) ?((?!assistant|ai\b|bot\b|model\b|step\b)[a-z]{2,15}(?: [a-z]{2,15})?): [^\n]*")
 _WORD = re.compile(r"[^\W_]")
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -84,10 +88,17 @@ def _is_backtick_apostrophe(text: str, index: int) -> bool:
 
 
 def fold(text: str) -> Folded:
-    """Fold a text: lower case, no accents or markdown, straight apostrophes, white-space runs as one character."""
+    """Fold a text: lower case, no accents or markdown, straight apostrophes, white-space runs as one character.
+
+    Words that a refusal is glued to end their line.
+    """
     folded: list[str] = []
     origins: list[int] = []
+    glued = {match.start() for match in _GLUED.finditer(text)}
     for index, char in enumerate(text):
+        if index in glued:
+            folded.append("\n")
+            origins.append(index)
         for piece in "'" if _is_backtick_apostrophe(text, index) else _fold_char(char):
             if piece in " \n" and folded and folded[-1] in " \n":
                 if piece == "\n":

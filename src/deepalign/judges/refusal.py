@@ -19,6 +19,8 @@ from deepalign.records import JudgeInput, Ruling
 
 _THINK_OPEN = re.compile(r"\s*<think(?:ing)?>")
 _THINK_CLOSE = re.compile(r"</think(?:ing)?>")
+_CONTINUES = re.compile(r"\s*(?:[,;:.]\s*|['\u2019])?[a-z]|\s*[,;:]")
+"""The beginning of a text that goes on with a sentence."""
 _FLAT_NO = re.compile(r"[\W_]*no\b[,.!]")
 _MAX_QUOTE = 80
 """Characters of the matched phrase that the reason quotes."""
@@ -60,7 +62,8 @@ class RefusalJudge:
         folded = fold(answer)
         if reason := why_empty(folded):
             return _unscored(reason)
-        refusals = RefusalFinder(folded.text, self._book).find()
+        continues = _CONTINUES.match(answer) is not None
+        refusals = RefusalFinder(folded.text, self._book, continues=continues).find()
         return self._rule(answer, folded, refusals, offset)
 
     def _rule(self, answer: str, folded: Folded, refusals: list[Refusal], offset: int) -> Ruling:

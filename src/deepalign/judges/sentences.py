@@ -20,6 +20,8 @@ _BOUNDARY = re.compile(
 )
 _CLAUSE = re.compile(r"(?P<connector>[,:]|\b(?:but|so|however|therefore|and|because|hence)\b)[^\w\n]*")
 _FIRST_PERSON = re.compile(r"i(?: |')")
+_BREAKS = (",", "and", "because")
+_CONDITION = re.compile(r"[\W_]*(?:if|unless|without|until|when|even|although|though|while)\b")
 _TURNS = ("but", "so", "however", "therefore", "hence")
 _EDGES = re.compile(r"\A[\W_]+|[\W_]+\Z")
 _MAX_LEAD_INS = 6
@@ -56,14 +58,17 @@ class _Hit:
 class RefusalFinder:
     """Finds the refusals of one folded text."""
 
-    def __init__(self, text: str, book: PhraseBook) -> None:
+    def __init__(self, text: str, book: PhraseBook, *, continues: bool = False) -> None:
         """Mark quotations and letters.
 
         Args:
             text: Folded text.
             book: Phrases to look for.
+            continues: Whether the text goes on with a sentence that stands before it, as after a prefill. Where that
+                sentence ends in a refusal, it was broken off for it: " the lock, I cannot help with that."
         """
         self._text = text
+        self._continues = continues
         self._book = book
         self._quotations = Quotations(text)
         salutation = book.salutation.search(text)
@@ -106,6 +111,8 @@ class RefusalFinder:
     def _hit_in(self, start: int, end: int, opening: bool) -> _Hit | None:
         positions = self._after_lead_ins(start, end)
         for position in reversed(positions):
+            if self._quotations.cover(position):
+                continue
             hit = self._match(position, end, opening) or self._match_cut(position, opening)
             if hit is not None:
                 return _Hit(start=start, end=hit.end, strong=hit.strong)
@@ -119,12 +126,16 @@ class RefusalFinder:
         prepared = any(self._book.preface.match(self._text, at, end) for at in self._after_lead_ins(start, end))
         remark = self._is_remark(start, end)
         spoken_by_i = _FIRST_PERSON.match(self._text, start) is not None
+        first = self._continues and opening and not _CONDITION.match(self._text, start)
         for clause in _CLAUSE.finditer(self._text, start, min(end, start + _CLAUSE_WINDOW)):
-            if not prepared and not remark and clause["connector"] not in _TURNS:
+            broken_off = first and clause["connector"] in _BREAKS
+            if not prepared and not remark and not broken_off and clause["connector"] not in _TURNS:
                 continue
             if self._quotations.cover(clause.start()):
                 continue
             for position in reversed(self._after_lead_ins(clause.end(), end)):
+                if self._quotations.cover(position):
+                    continue
                 hit = self._match(position, end, opening and prepared)
                 if hit is None and spoken_by_i:
                     hit = self._match_forced(position)

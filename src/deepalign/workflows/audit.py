@@ -19,7 +19,7 @@ from deepalign.config import PROBES, AuditConfig
 from deepalign.depth import check_vocabularies
 from deepalign.errors import UserError
 from deepalign.judges import get_judge
-from deepalign.models import LoadedModel, load_model
+from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.prompts.sources import Columns, PromptSet, load_prompts
 from deepalign.records import Prompt
@@ -241,14 +241,7 @@ def _answer_model(config: AuditConfig, inputs: _Inputs, models: AuditModels) -> 
     if not num_missing or not forced:
         return None
     if config.answers_from is not None:
-        template = models.get("target").template
-        return load_model(
-            config.answers_from,
-            dtype=config.dtype,
-            device=config.device,
-            quantize=config.quantize,
-            fallback_template=template,
-        )
+        return models.beside(config.answers_from)
     if config.base is not None:
         return models.get("base")
     raise UserError(

@@ -41,6 +41,18 @@ class AuditModels:
             dtype = "float32" if largest <= KL_FLOAT32_LIMIT else self._config.dtype
         return self._get("target", dtype), self._get("base", dtype)
 
+    def beside(self, name: str) -> LoadedModel:
+        """Another model, loaded like these; it is not kept."""
+        config = self._config
+        template = self.get("target").template
+        return load_model(
+            name,
+            dtype=config.dtype,
+            device=config.device,
+            quantize=config.quantize,
+            fallback_template=template,
+        )
+
     def _get(self, role: Role, dtype: str) -> LoadedModel:
         held = self._loaded.get(role)
         if held is None or dtype not in ("auto", held.dtype):
