@@ -138,7 +138,7 @@ def study(measured: dict[str, Any]) -> str:
     lines = [
         "",
         "",
-        "| cells | prediction | rank correlation (at best) | mean absolute error | largest | inside the 95 % interval |",
+        "| cells | prediction | rank correlation (at best) | mean absolute error | largest | inside the interval |",
         "|---|---|---|---|---|---|",
     ]
     for title, name in (("model, k", "summary"), ("model, prompt set, k", "summary_by_set")):

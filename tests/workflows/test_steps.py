@@ -125,7 +125,8 @@ def test_what_is_there_is_not_done_again(run: RunFolder, loaded: LoadedModel) ->
     assert (run / COMPLETIONS).read_bytes() == before
 
 
-@pytest.mark.parametrize("passes", [1, 4, 9, 14])
+# The first eight passes find out whether rows can share their prefixes.
+@pytest.mark.parametrize("passes", [1, 4, 9, 12, 17, 22])
 def test_an_interrupted_run_goes_on_to_the_same_end(passes: int, run: RunFolder, loaded: LoadedModel) -> None:
     attempts = some_attempts(loaded.tokenizer)
     straight = RunFolder(run.path / "straight")
@@ -145,7 +146,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(passes: int, run: RunFolder,
     hook.remove()
     kept = completions(run)
     assert len(kept) < len(attempts)
-    assert passes < 10 or len(kept) > 0, "whatever was finished is on disk"
+    assert passes < 18 or len(kept) > 0, "whatever was finished is on disk"
     complete(run, loaded, attempts, stage="x", max_batch=3)
     assert completions(run) == completions(straight)
 
