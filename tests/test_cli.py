@@ -87,6 +87,36 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert "testbed:shallow" in out
 
 
+@pytest.mark.parametrize(
+    ("kind", "shown", "hidden"),
+    [
+        (
+            "prompts",
+            ["should-refuse", "hex-phi", "300 prompts", "gated: accept", "MIT"],
+            ["scripted:FILE", "testbed:deep"],
+        ),
+        ("judges", ["scripted:FILE"], ["hex-phi", "refusal-prefix"]),
+        ("probes", ["refusal-prefix"], ["hex-phi", "scripted:FILE"]),
+        ("testbed", ["testbed:shallow"], ["hex-phi", "scripted:FILE"]),
+    ],
+)
+def test_list_names_one_kind(
+    kind: str, shown: list[str], hidden: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["list", kind]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in shown)
+    assert not any(name in out for name in hidden)
+
+
+def test_list_of_nothing_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "attacks"]) != 0
+    told = capsys.readouterr().err
+    assert '"attacks"' in told
+    assert "prompts" in told
+    assert "Traceback" not in told
+
+
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The configuration that a command line makes."""

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -84,19 +84,25 @@ def report(config: Annotated[ReportConfig, Parameter(name="*")]) -> None:
 
 
 @app.command(name="list")
-def list_names() -> None:
-    """Name the probes, judges, prompt sets and testbed models."""
+def list_names(kind: Literal["all", "probes", "judges", "prompts", "testbed"] = "all", /) -> None:
+    """Name the probes, judges, prompt sets and testbed models; public sets with their size, licence and gate.
+
+    Args:
+        kind: What to name.
+    """
     testbed = importlib.import_module("deepalign.testbed").TESTBED
     judges = {name: (load.__doc__ or "").strip() for name, load in JUDGES.items()}
     judges |= {"module:Name": "a judge of your own", "scripted:FILE": "verdicts from a JSON Lines file"}
     groups = {
         "probes": PROBES,
         "judges": judges,
-        "prompt sets": BUILTIN_SETS,
-        "public prompt sets": {name: found.about for name, found in PUBLIC_SETS.items()},
+        "built-in prompts": BUILTIN_SETS,
+        "public prompts": {name: found.about for name, found in PUBLIC_SETS.items()},
         "testbed models": testbed,
     }
     for title, names in groups.items():
+        if kind != "all" and kind not in title:
+            continue
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")

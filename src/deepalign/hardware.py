@@ -17,7 +17,9 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {first_line(error)}; try --device cpu") from error
+        raise UserError(
+            f"--device {device} cannot be used here: {first_line(error)}; try --device cpu, or sharded"
+        ) from error
     return chosen
 
 

@@ -185,7 +185,7 @@ def test_what_differs_from_the_paper_is_told() -> None:
 def test_list_shows_size_licence_and_gate(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "public prompt sets" in told
+    assert "public prompts" in told
     for name, source in PUBLIC_SETS.items():
         assert f" {name} {source.size} prompts" in told
         assert source.licence in told
