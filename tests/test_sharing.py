@@ -173,7 +173,9 @@ def test_a_model_that_stops_sharing_midway_loses_nothing(
 
     monkeypatch.setattr(SharedAttention, "_attend", refuses)
     with caplog.at_level(logging.WARNING, logger="deepalign"):
-        assert sorted((one.index, one.token_ids) for one in generate(model, jobs, stop_ids=())) == expected
+        found = list(generate(model, jobs, stop_ids=(), max_batch=2))
+    assert sorted((one.index, one.token_ids) for one in found) == expected
+    assert caplog.text.count("does not share prefixes after all") == 1, "tried again for the second batch"
     assert "LlamaForCausalLM does not share prefixes after all (a mask of shape (1, 2))" in caplog.text
 
 

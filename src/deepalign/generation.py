@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from deepalign.batching import Continuation, Job, Row, batches, is_out_of_memory, with_hosts
-from deepalign.caching import takes_batches
+from deepalign.caching import can_share_prefixes, takes_batches
 from deepalign.decoding import Decoding, shares_attention
 from deepalign.sharing import NotShared
 
@@ -49,8 +49,10 @@ def generate(
     rows = with_hosts(jobs, fitting)
     with evaluation_mode(model):
         shared = len(rows) > 1 and shares_attention(model, max((row.host for row in rows), key=len))
-        for batch in batches(model, rows, max_batch if takes_batches(model.config) else 1, shared=shared):
-            yield from _generate_or_split(model, batch, frozenset(stop_ids), shared=shared)
+        longest = max((len(row.host) + row.job.sampling.max_new_tokens for row in rows), default=0)
+        held_once = shared and can_share_prefixes(model.config, longest)
+        for batch in batches(model, rows, max_batch if takes_batches(model.config) else 1, shared=held_once):
+            shared = yield from _generate_or_split(model, batch, frozenset(stop_ids), shared=shared)
 
 
 def _too_long(model: Any, job: Job) -> str:
@@ -63,14 +65,14 @@ def _too_long(model: Any, job: Job) -> str:
 
 def _generate_or_split(
     model: Any, batch: list[Row], stop_ids: frozenset[int], *, shared: bool
-) -> Iterator[Continuation]:
-    """One batch to its end; what memory does not hold in halves."""
+) -> Generator[Continuation, None, bool]:
+    """One batch to its end; what memory does not hold in halves. Returns whether rows may go on sharing prefixes."""
     finished: set[int] = set()
     try:
         for continuation in _written(model, batch, stop_ids, shared=shared):
             finished.add(continuation.index)
             yield continuation
-        return
+        return shared
     except NotShared as error:
         logger.warning("%s does not share prefixes after all (%s); going on without", type(model).__name__, error)
         parts, shared = [batch], False
@@ -80,14 +82,15 @@ def _generate_or_split(
         rest = [row for row in batch if row.index not in finished]
         if len(rest) == 1:
             yield Continuation(index=rest[0].index, status="failed", reason="out of memory, even alone")
-            return
+            return shared
         logger.warning("out of memory with %d rows; going on with half", len(rest))
         parts = [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for part in parts:
         left = [row for row in part if row.index not in finished]
-        yield from _generate_or_split(model, left, stop_ids, shared=shared)
+        shared = yield from _generate_or_split(model, left, stop_ids, shared=shared)
+    return shared
 
 
 def _written(model: Any, batch: list[Row], stop_ids: frozenset[int], *, shared: bool) -> Iterator[Continuation]:

@@ -150,7 +150,7 @@ class SharedAttention(TorchFunctionMode):
     def __init__(self, cache: SharedCache) -> None:
         super().__init__()
         self._rows = cache.rows
-        self._masks: dict[int, tuple[Tensor | None, Tensor, Tensor]] = {}
+        self._masks: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor, Tensor]] = {}
 
     def __enter__(self) -> SharedAttention:
         self._rows.waiting.clear()
@@ -213,8 +213,9 @@ class SharedAttention(TorchFunctionMode):
 
     def _split(self, mask: Tensor | None, layer: SharedLayer) -> tuple[Tensor, Tensor]:
         """A step's mask as two to be added: for the prefixes, [P, 1, R, S], and for own tokens, [B, 1, 1, room]."""
-        if id(mask) in self._masks:
-            return self._masks[id(mask)][1:]
+        known = self._masks.get((id(mask), layer.keys.device))
+        if known is not None:
+            return known[1:]
         given = mask
         rows, dtype = self._rows, layer.keys.dtype
         columns = layer.get_seq_length()
@@ -233,7 +234,7 @@ class SharedAttention(TorchFunctionMode):
         spare = int(layer.keys.shape[2]) - layer.used
         own = pad(added[..., prefix_columns:], (0, spare), value=torch.finfo(dtype).min)
         # The mask is kept with what was made of it, so that its identity stays its own.
-        self._masks[id(given)] = (given, prefix, own)
+        self._masks[id(given), layer.keys.device] = (given, prefix, own)
         return prefix, own
 
 

@@ -11,7 +11,7 @@ from deepalign.config import AuditConfig
 from deepalign.errors import UserError
 from deepalign.generation import Job, generate
 from deepalign.judges import get_judge
-from deepalign.models import LoadedModel, load_model
+from deepalign.models import Dtype, LoadedModel, load_model
 from deepalign.records import JudgeInput, Prompt, Ruling, Sampling
 
 Role = Literal["target", "base"]
@@ -43,17 +43,9 @@ class AuditModels:
 
     def beside(self, name: str) -> LoadedModel:
         """Another model, loaded like these; it is not kept."""
-        config = self._config
-        template = self.get("target").template
-        return load_model(
-            name,
-            dtype=config.dtype,
-            device=config.device,
-            quantize=config.quantize,
-            fallback_template=template,
-        )
+        return self._read(name, self._config.dtype, fallback_template=self.get("target").template)
 
-    def _get(self, role: Role, dtype: str) -> LoadedModel:
+    def _get(self, role: Role, dtype: Dtype) -> LoadedModel:
         held = self._loaded.get(role)
         if held is None or dtype not in ("auto", held.dtype):
             # Let go of the old weights before the new ones come, so that both never lie in memory.
@@ -62,29 +54,23 @@ class AuditModels:
             self._loaded[role] = self._load(role, dtype)
         return self._loaded[role]
 
-    def _load(self, role: Role, dtype: Any) -> LoadedModel:
+    def _load(self, role: Role, dtype: Dtype) -> LoadedModel:
         config = self._config
+        template = config.chat_template
         if role == "target":
-            return load_model(
-                config.model,
-                revision=config.revision,
-                dtype=dtype,
-                device=config.device,
-                quantize=config.quantize,
-                chat_template=config.chat_template,
-                adapter_base=config.adapter_base,
+            adapter_base = config.adapter_base
+            return self._read(
+                config.model, dtype, revision=config.revision, chat_template=template, adapter_base=adapter_base
             )
         if config.base is None:
             raise UserError("this needs the model that it was aligned from; give it with --base")
-        return load_model(
-            config.base,
-            revision=config.base_revision,
-            dtype=dtype,
-            device=config.device,
-            quantize=config.quantize,
-            chat_template=config.chat_template,
-            fallback_template=self.get("target").template,
+        known = self.get("target").template
+        return self._read(
+            config.base, dtype, revision=config.base_revision, chat_template=template, fallback_template=known
         )
+
+    def _read(self, name: str, dtype: Dtype, **settings: Any) -> LoadedModel:
+        return load_model(name, dtype=dtype, device=self._config.device, quantize=self._config.quantize, **settings)
 
 
 def model_card(loaded: LoadedModel) -> dict[str, Any]:
