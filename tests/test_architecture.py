@@ -36,7 +36,7 @@ FLOORS = (
         "runs",
         "heads",
     ),
-    ("attacks", "judges", "prompts", "report", "testbed", "depth", "onset", "metrics", "statistics"),
+    ("attacks", "judges", "prompts", "report", "testbed", "depth", "onset", "metrics", "statistics", "losses"),
     ("workflows",),
     ("cli",),
     ("__main__",),
