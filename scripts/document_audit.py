@@ -173,6 +173,14 @@ def study_cost(measured: dict[str, Any]) -> str:
     )
 
 
+def study_bias(measured: dict[str, Any]) -> str:
+    """Predicted less generated ASR, the mean for each model."""
+    by_model: dict[str, list[float]] = {}
+    for cell in measured["cells"]:
+        by_model.setdefault(cell["model"], []).append(cell["predicted"] - cell["generated"])
+    return ", ".join(f"{model} {statistics.mean(values):+.2f}" for model, values in by_model.items())
+
+
 def study_auc(measured: dict[str, Any]) -> str:
     """Median AUC over models and sets, at each depth."""
     by_k: dict[str, list[float]] = {}
@@ -196,6 +204,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "study-cells": study_cells,
     "study-cost": study_cost,
     "study-auc": study_auc,
+    "study-bias": study_bias,
 }
 """Figures by the name of their block."""
 

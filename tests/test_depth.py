@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from deepalign.chat import Rendered
 from deepalign.depth import KlProfile, check_vocabularies, kl_by_slices, kl_profiles
 from deepalign.errors import UserError
 from deepalign.models import from_objects
+from support import conversation, run_out_of_memory
 
 INF = float("inf")
 
@@ -27,11 +27,6 @@ def source(logits_NV: Tensor) -> heads.LogitSource:
 
 def logits_of(*rows: Sequence[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).log().float()
-
-
-def conversation(num_prompt: int, num_answer: int, seed: int, vocab_size: int = 97) -> Rendered:
-    ids = random.Random(seed).choices(range(3, vocab_size), k=num_prompt + num_answer)
-    return Rendered(ids=tuple(ids), response_mask=(False,) * num_prompt + (True,) * num_answer)
 
 
 ITEMS = [
@@ -330,14 +325,6 @@ def test_padded_embedding_rows_are_left_out(tiny_llama: Callable[..., Any], tiny
         q_TV = narrow(input_ids=torch.tensor([rendered.ids])).logits[0].double().softmax(dim=-1)
     expected = (p_TV * (p_TV / q_TV).log()).sum(dim=-1)[4:8]
     assert found.forward == pytest.approx(expected.tolist(), rel=2e-4)
-
-
-def run_out_of_memory(model: Any, when: Callable[[Tensor], bool]) -> None:
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if when(kwargs["input_ids"]):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.model.register_forward_pre_hook(before, with_kwargs=True)
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 4])

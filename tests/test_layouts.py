@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from deepalign import weights
-from deepalign.chat import Rendered
 from deepalign.depth import kl_profiles
 from deepalign.errors import UserError
 from deepalign.generation import Job, generate
 from deepalign.models import fingerprint, load_model
 from deepalign.onset import Openings, onset_profiles
 from deepalign.records import Sampling
+from support import conversation
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 IDS = tuple(range(10, 30))
@@ -45,11 +44,6 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     # No encoder at all: images go into the decoder as they are.
     "gemma4_unified": ({"sliding_window": 512, "vocab_size_per_layer_input": 404}, None),
 }
-
-
-def conversation(num_prompt: int, num_answer: int, seed: int) -> Rendered:
-    ids = random.Random(seed).choices(range(3, 97), k=num_prompt + num_answer)
-    return Rendered(ids=tuple(ids), response_mask=(False,) * num_prompt + (True,) * num_answer)
 
 
 def written(model: Any, *rows: tuple[int, ...]) -> list[tuple[int, ...]]:

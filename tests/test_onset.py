@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +12,10 @@ from deepalign import onset
 from deepalign.branches import Together
 from deepalign.chat import Rendered
 from deepalign.onset import OnsetProfile, Openings, onset_profiles, onsets, refusal_within
+from support import conversation, run_out_of_memory
 
 PATHS = frozenset({(5,), (7, 8), (7, 9, 10), (7, 9, 11), (20, 21, 22, 23), (30, 31)})
 OPENINGS = Openings(PATHS)
-
-
-def conversation(num_prompt: int, num_answer: int, seed: int) -> Rendered:
-    ids = random.Random(seed).choices(range(3, 97), k=num_prompt + num_answer)
-    return Rendered(ids=tuple(ids), response_mask=(False,) * num_prompt + (True,) * num_answer)
 
 
 ITEMS = [
@@ -179,14 +174,6 @@ def test_the_callers_model_is_left_as_it_was(random_model: Callable[..., Any]) -
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def run_out_of_memory(model: Any, when: Callable[[torch.Tensor], bool]) -> None:
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if when(kwargs["input_ids"]):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.model.register_forward_pre_hook(before, with_kwargs=True)
-
-
 @pytest.mark.usefixtures("all_branches")
 @pytest.mark.parametrize("most_rows", [1, 2, 4])
 def test_out_of_memory_halves_the_batch(most_rows: int, random_model: Callable[..., Any]) -> None:
@@ -211,13 +198,12 @@ def test_a_sequence_that_does_not_fit_alone_is_told_apart(
     assert found["p0"].checked == pytest.approx(expected["p0"].checked, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.usefixtures("all_branches")
 def test_a_branch_that_gets_too_thin_counts_by_the_share_of_the_others(
     random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First tokens are looked into, what follows them only above a mass; nothing of it may be lost."""
     model = random_model("llama")
-    monkeypatch.setattr(onset, "_MOST_BRANCHES", 100)
-    monkeypatch.setattr(onset, "_LEAST_MASS", 0.0)
     everything = measured(model)
     monkeypatch.setattr(onset, "_LEAST_MASS", 0.004)
     some = measured(model)

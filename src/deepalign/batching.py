@@ -80,7 +80,7 @@ def batches(model: Any, rows: list[Row], max_batch: int, *, shared: bool) -> Ite
     longest = newest = 0
     for row in ordered:
         longest, newest = max(longest, len(row.host)), max(newest, row.job.sampling.max_new_tokens)
-        num_hosts = len(hosts | {row.host}) if shared else len(batch) + 1
+        num_hosts = len(hosts) + (row.host not in hosts) if shared else len(batch) + 1
         if batch and (len(batch) >= max_batch or num_hosts * longest + (len(batch) + 1) * newest > budget):
             yield batch
             batch, hosts = [], set()

@@ -111,7 +111,10 @@ class Decoding:
         """Keep only the rows that go on, and set their next ids."""
         if len(keep) < len(self._rows):
             index = torch.tensor(keep, dtype=torch.long, device=self._device)
-            self._cache.keep(index) if isinstance(self._cache, SharedCache) else keep_rows(self._cache, index)
+            if isinstance(self._cache, SharedCache):
+                self._cache.keep(index)
+            else:
+                keep_rows(self._cache, index)
             self._mask_BT = self._mask_BT[index]
             self._positions_B1 = self._positions_B1[index]
             self._uniforms_BN = self._uniforms_BN[index]
@@ -184,14 +187,12 @@ def shares_attention(model: Any, ids: Sequence[int]) -> bool:
         ids: Some ids of its vocabulary; fewer than four share nothing worth while.
     """
     few = tuple(ids[:_PROBE_IDS])
-    if len(few) < 4:
+    if len(few) < 4 or not can_share_prefixes(model.config, len(few) + 3):
         return False
     greedy = Sampling(temperature=0.0, max_new_tokens=3)
     # Two prefixes of different length, one with two rows that end in different places.
     jobs = [Job(ids=part, sampling=greedy, seed=0) for part in (few, few[: len(few) // 2], few[1:], few[:1] + few[2:])]
     rows = with_hosts(jobs, range(len(jobs)))
-    if not can_share_prefixes(model.config, len(few) + 3):
-        return False
     apart: list[Tensor] = []
     together: list[Tensor] = []
     try:

@@ -265,9 +265,12 @@ def thoughts_rows(judged: Sequence[Judged], depths: Sequence[int]) -> list[Json]
     for k in sorted(depths):
         here = [pair for pair in _only(judged, PREFILL, variant(k)) if pair[1].outcome_of_thoughts]
         refusing = [pair for pair in here if pair[1].outcome_of_thoughts in ("refused_at_once", "recovered")]
+        others = [pair for pair in here if pair[1].outcome_of_thoughts == "complied"]
+        unscored = [pair for pair in here if pair[1].outcome_of_thoughts == "unscored"]
         marks = [
-            (attempt.prompt_id, None if verdict.outcome_of_thoughts == "unscored" else (attempt, verdict) in refusing)
-            for attempt, verdict in here
+            (attempt.prompt_id, refused)
+            for pairs, refused in ((refusing, True), (others, False), (unscored, None))
+            for attempt, _ in pairs
         ]
         if here:
             found.append(

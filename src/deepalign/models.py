@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import align_module_device
 
 from deepalign.chat import NO_TEMPLATE_REMEDY, ChatTemplate, resolve_template
 from deepalign.errors import UserError
@@ -171,6 +170,8 @@ def fingerprint(model: Any) -> str:
 
 def _sample(model: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
     if weight.is_meta:
+        from accelerate.utils import align_module_device
+
         # Kept off the devices between passes (`device_map`): fetched for as long as it is looked at.
         module_name, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_name)

@@ -91,7 +91,7 @@ class OnsetProfile:
     unchecked: tuple[float, ...]
     """And the mass on beginnings of refusals that was too small, or too much in number, to look into."""
     branched: float
-    """Mass of the beginnings that were looked into, over all positions."""
+    """Mass of the beginnings that were looked into, over all positions but the first, where nearly all are refusals."""
     accepted: float
     """The part of it that went on as a refusal."""
 
@@ -174,8 +174,7 @@ class _Tally:
 
     def give_up(self, position: int, mass: float) -> None:
         """A branch that got too thin to follow."""
-        self.unchecked[position] += mass
-        self.branched -= mass if position else 0.0
+        self.branch(position, -mass)
 
     def accept(self, position: int, mass: float) -> None:
         """A branch that became a refusal."""
@@ -239,7 +238,7 @@ def _profiles(
 def onsets(profiles: Sequence[OnsetProfile]) -> list[tuple[float, ...]]:
     """Onset at each response position, for each profile.
 
-    Mass that was not branched on counts by the share that went on as a refusal wherever there was a branch.
+    Mass that was not looked into counts by the share that went on as a refusal where it was, past the first position.
     """
     branched = sum(profile.branched for profile in profiles)
     share = sum(profile.accepted for profile in profiles) / branched if branched > 0 else 1.0

@@ -43,8 +43,10 @@ class SharedLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
         self.dtype, self.device = prefix_keys.dtype, prefix_keys.device
         self._rows = rows
-        self.keys = self._room_for(rows.count, _ROOM, prefix_keys)
-        self.values = self._room_for(rows.count, _ROOM, prefix_values)
+        self.keys, self.values = (
+            states.new_zeros(rows.count, states.shape[1], _ROOM, states.shape[3])
+            for states in (prefix_keys, prefix_values)
+        )
 
     def get_seq_length(self) -> int:
         """Columns that a row looks back on: those of the prefixes and of its own tokens."""
@@ -70,10 +72,6 @@ class SharedLayer(DynamicLayer):  # type: ignore[misc]
         indices = indices.to(self.keys.device)
         self.prefix_keys, self.prefix_values = self.prefix_keys[indices], self.prefix_values[indices]
 
-    @staticmethod
-    def _room_for(num_rows: int, room: int, like: Tensor) -> Tensor:
-        return like.new_zeros(num_rows, like.shape[1], room, like.shape[3])
-
 
 class _Rows:
     """Which prefix each row has, laid out so that the rows of one prefix stand side by side."""
@@ -81,7 +79,6 @@ class _Rows:
     def __init__(self, sources: Sequence[int], device: torch.device) -> None:
         self.waiting: dict[int, SharedLayer] = {}
         """Layers whose keys went out and did not come to attention yet, by those keys' identity."""
-        self.known: dict[int, SharedLayer] = {}
         self._device = device
         self.arrange(sources)
 
@@ -145,17 +142,16 @@ class SharedCache(DynamicCache):  # type: ignore[misc]
 
 
 class SharedAttention(TorchFunctionMode):
-    """While entered, attention over a `SharedCache`'s keys looks at prefixes and own tokens."""
+    """While entered, for one forward pass, attention over a `SharedCache`'s keys looks at prefixes and own tokens."""
 
     def __init__(self, cache: SharedCache) -> None:
         super().__init__()
         self._rows = cache.rows
+        self._known: dict[int, SharedLayer] = {}
         self._masks: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor, Tensor]] = {}
 
     def __enter__(self) -> SharedAttention:
         self._rows.waiting.clear()
-        self._rows.known.clear()
-        self._masks.clear()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -176,9 +172,9 @@ class SharedAttention(TorchFunctionMode):
     def _layer(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> SharedLayer | None:
         layer = self._rows.waiting.pop(id(key), None)
         if layer is not None:
-            self._rows.known[id(key)] = layer
+            self._known[id(key)] = layer
         # Some models let several layers look at one layer's keys.
-        return layer or self._rows.known.get(id(key))
+        return layer or self._known.get(id(key))
 
     def _attend(
         self,

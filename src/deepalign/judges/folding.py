@@ -1,7 +1,8 @@
 """Folded text: what the rules read, with the way back to the characters of the original.
 
 Owns case, accents, curly punctuation, markdown marks, white space, emoji, and which parts are quotations. Knows no
-refusal phrase. Every folded character remembers the original character it came from, so positions survive.
+refusal phrase but the first words of one that is glued to another word. Every folded character remembers the original
+character it came from, so positions survive.
 """
 
 from __future__ import annotations

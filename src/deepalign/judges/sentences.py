@@ -108,11 +108,13 @@ class RefusalFinder:
             positions.append(lead_in.end())
         return positions
 
+    def _unquoted(self, positions: list[int]) -> list[int]:
+        """Those that stand in no quotation, last first."""
+        return [position for position in reversed(positions) if not self._quotations.cover(position)]
+
     def _hit_in(self, start: int, end: int, opening: bool) -> _Hit | None:
         positions = self._after_lead_ins(start, end)
-        for position in reversed(positions):
-            if self._quotations.cover(position):
-                continue
+        for position in self._unquoted(positions):
             hit = self._match(position, end, opening) or self._match_cut(position, opening)
             if hit is not None:
                 return _Hit(start=start, end=hit.end, strong=hit.strong)
@@ -133,9 +135,7 @@ class RefusalFinder:
                 continue
             if self._quotations.cover(clause.start()):
                 continue
-            for position in reversed(self._after_lead_ins(clause.end(), end)):
-                if self._quotations.cover(position):
-                    continue
+            for position in self._unquoted(self._after_lead_ins(clause.end(), end)):
                 hit = self._match(position, end, opening and prepared)
                 if hit is None and spoken_by_i:
                     hit = self._match_forced(position)
