@@ -49,6 +49,7 @@ FLOORS = (
         "losses",
         "recovery",
     ),
+    ("training",),
     ("workflows",),
     ("cli",),
     ("__main__",),

@@ -30,7 +30,7 @@ Reader = Callable[[Inputs, Picks], LogitSource]
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class Head:
     """A model's output layer, `cap * tanh(scale * (W h + b) / cap)`."""
 
     weight_VH: Tensor
@@ -56,7 +56,7 @@ def logit_reader(model: Any, probe: Sequence[int]) -> Reader:
         model: A `transformers` causal LM.
         probe: Ids on which the two ways are compared.
     """
-    head = _head(model)
+    head = output_head(model)
     # Where the class names no body of its own (Llama 4's text model), `base_model` is the whole model.
     if head is not None and model.base_model is not model:
         ids_1T = torch.tensor([list(probe)], device=torch.device(model.device))
@@ -101,7 +101,7 @@ def chosen_probabilities(source: LogitSource, vocab_size: int, entries: Sequence
     return (chosen_NK - norm_N.unsqueeze(-1)).exp()
 
 
-def _head_source(model: Any, head: _Head, inputs: Inputs, picks: Picks) -> LogitSource:
+def _head_source(model: Any, head: Head, inputs: Inputs, picks: Picks) -> LogitSource:
     hidden_BTH = model.base_model(**inputs, use_cache="past_key_values" in inputs).last_hidden_state
     hidden_NH = torch.cat([hidden_BTH[row, pick] for row, pick in enumerate(picks)])
     return lambda first, last: head.logits(hidden_NH, first, last)
@@ -113,7 +113,8 @@ def _full_source(model: Any, inputs: Inputs, picks: Picks) -> LogitSource:
     return lambda first, last: logits_NV[:, first:last].float()
 
 
-def _head(model: Any) -> _Head | None:
+def output_head(model: Any) -> Head | None:
+    """The model's output layer; None where it is more than one matrix in memory."""
     layer = model.get_output_embeddings()
     # Weights that are kept elsewhere between passes, or packed into few bits, are for the model's own forward pass.
     if not isinstance(layer, torch.nn.Linear) or layer.weight.is_meta or not layer.weight.is_floating_point():
@@ -121,10 +122,10 @@ def _head(model: Any) -> _Head | None:
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
-    return _Head(layer.weight, layer.bias, scale, float(cap) if cap else None)
+    return Head(layer.weight, layer.bias, scale, float(cap) if cap else None)
 
 
-def _same_logits(head: _Head, hidden_TH: Tensor, own_TV: Tensor) -> bool:
+def _same_logits(head: Head, hidden_TH: Tensor, own_TV: Tensor) -> bool:
     mine_TV = head.logits(hidden_TH, 0, own_TV.shape[-1])
     if not bool(torch.isfinite(own_TV).all()):
         return False

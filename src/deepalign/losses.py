@@ -75,9 +75,35 @@ class TokenLoss:
 def response_positions(response_mask: Tensor) -> Tensor:
     """0-based position of each token among the response tokens of its row, [B, T]; -1 before the first.
 
-    Padding may stand on either side. Rows that hold several packed examples need positions of their own.
+    Padding may stand on either side. Rows that hold several responses need `turn_positions`.
     """
     return response_mask.long().cumsum(dim=-1) - 1
+
+
+def turn_positions(response_mask: Tensor) -> Tensor:
+    """0-based position of each token among the response tokens of its own turn, [B, T]; -1 off the responses.
+
+    A turn is an unbroken run of response tokens: so positions begin again with each answer of a conversation, and with
+    each example of a packed row, whose first token is never one of its response.
+    """
+    mask_BT = response_mask.bool()
+    before_BT = torch.nn.functional.pad(mask_BT, (1, 0))[..., :-1]
+    count_BT = mask_BT.long().cumsum(dim=-1) - 1
+    start_BT = torch.where(mask_BT & ~before_BT, count_BT, 0).cummax(dim=-1).values
+    return torch.where(mask_BT, count_BT - start_BT, -1)
+
+
+def turn_lengths(positions: Tensor) -> Tensor:
+    """Response tokens of the turn that each response token belongs to, [B, T]; 0 off the responses.
+
+    Args:
+        positions: From `turn_positions`.
+    """
+    inside_BT = positions >= 0
+    # Every turn of the batch gets a number; its length is how often that number stands.
+    turn_BT = (positions == 0).flatten().long().cumsum(dim=0).view_as(positions) * inside_BT
+    sizes = torch.bincount(turn_BT.flatten(), minlength=1)
+    return torch.where(inside_BT, sizes[turn_BT], 0)
 
 
 def constrained_token_loss(
