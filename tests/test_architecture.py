@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "deepalign"
 PACKAGE = "deepalign"
 FLOORS = (
-    ("records", "config", "errors", "progress"),
+    ("records", "config", "config_tuning", "errors", "progress"),
     (
         "models",
         "weights",
@@ -48,6 +48,7 @@ FLOORS = (
         "statistics",
         "losses",
         "recovery",
+        "perplexity",
     ),
     ("training",),
     ("workflows",),
@@ -60,6 +61,7 @@ UPWARD = {("weights", "testbed")}
 """`weights` resolves the names of the embedded testbed."""
 START_WITHOUT_TORCH = (
     "config",
+    "config_tuning",
     "cli",
     "records",
     "runs",

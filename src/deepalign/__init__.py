@@ -1,4 +1,4 @@
-"""deepalign: measure how many tokens deep a language model's safety alignment goes.
+"""deepalign: measure how many tokens deep a language model's safety alignment goes, make it deeper, and keep it.
 
     import deepalign
     result = deepalign.audit(deepalign.AuditConfig(model="testbed:shallow", base="testbed:base"))
@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepalign.config import AuditConfig, JudgeConfig, ReportConfig
+    from deepalign.config_tuning import DeepenConfig, FinetuneConfig
     from deepalign.errors import UserError
+    from deepalign.losses import TokenStrength, constrained_token_loss
     from deepalign.models import LoadedModel, load_model
     from deepalign.records import Attempt, Completion, Message, Prompt, Sampling, Verdict
+    from deepalign.training.arguments import ConstrainedSFTConfig
+    from deepalign.training.trainer import ConstrainedSFTTrainer
     from deepalign.workflows.audit import AuditResult, audit
+    from deepalign.workflows.before_after import TuningResult
+    from deepalign.workflows.deepen import deepen
+    from deepalign.workflows.finetune import finetune
     from deepalign.workflows.reporting import judge_run, report_runs
 
 _HOMES = {
@@ -25,15 +32,24 @@ _HOMES = {
     "AuditConfig": "config",
     "AuditResult": "workflows.audit",
     "Completion": "records",
+    "ConstrainedSFTConfig": "training.arguments",
+    "ConstrainedSFTTrainer": "training.trainer",
+    "DeepenConfig": "config_tuning",
+    "FinetuneConfig": "config_tuning",
     "JudgeConfig": "config",
     "LoadedModel": "models",
     "Message": "records",
     "Prompt": "records",
     "ReportConfig": "config",
     "Sampling": "records",
+    "TokenStrength": "losses",
+    "TuningResult": "workflows.before_after",
     "UserError": "errors",
     "Verdict": "records",
     "audit": "workflows.audit",
+    "constrained_token_loss": "losses",
+    "deepen": "workflows.deepen",
+    "finetune": "workflows.finetune",
     "judge_run": "workflows.reporting",
     "load_model": "models",
     "report_runs": "workflows.reporting",
@@ -44,15 +60,24 @@ __all__ = [
     "AuditConfig",
     "AuditResult",
     "Completion",
+    "ConstrainedSFTConfig",
+    "ConstrainedSFTTrainer",
+    "DeepenConfig",
+    "FinetuneConfig",
     "JudgeConfig",
     "LoadedModel",
     "Message",
     "Prompt",
     "ReportConfig",
     "Sampling",
+    "TokenStrength",
+    "TuningResult",
     "UserError",
     "Verdict",
     "audit",
+    "constrained_token_loss",
+    "deepen",
+    "finetune",
     "judge_run",
     "load_model",
     "report_runs",

@@ -29,6 +29,7 @@ from rich.progress import (
 from rich.table import Table
 
 from deepalign.config import PROBES, AuditConfig, JudgeConfig, ReportConfig
+from deepalign.config_tuning import DeepenConfig, FinetuneConfig
 from deepalign.errors import UserError
 from deepalign.judges import JUDGES
 from deepalign.prompts import BUILTIN_SETS
@@ -49,7 +50,7 @@ def _version() -> str:
 
 app = App(
     name="deepalign",
-    help="Measure how many tokens deep a language model's safety alignment goes.",
+    help="Measure how many tokens deep a language model's safety alignment goes, make it deeper, and keep it.",
     version=_version,
     default_parameter=Parameter(negative=(), consume_multiple=True),
     suppress_keyboard_interrupt=False,  # `main` tells what is kept
@@ -64,6 +65,22 @@ def audit(config: Annotated[AuditConfig, Parameter(name="*")]) -> None:
         result = workflow.audit(config, progress)
     _show(result.metrics)
     out.print(f"\nreport  {result.report}\nrun     {result.run}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def deepen(config: Annotated[DeepenConfig, Parameter(name="*")]) -> None:
+    """Make alignment deeper: train on recovering from harmful beginnings; audited before and after."""
+    with _working() as progress:
+        result = importlib.import_module("deepalign.workflows.deepen").deepen(config, progress)
+    _show_tuning(result)
+
+
+@app.command
+def finetune(config: Annotated[FinetuneConfig, Parameter(name="*")]) -> None:
+    """Fine-tune on your own data without losing the alignment; audited before and after."""
+    with _working() as progress:
+        result = importlib.import_module("deepalign.workflows.finetune").finetune(config, progress)
+    _show_tuning(result)
 
 
 @app.command
@@ -150,6 +167,14 @@ def _show(metrics: dict[str, Any]) -> None:
     tables.render_terminal(metrics, out)
 
 
+def _show_tuning(result: Any) -> None:
+    tables = importlib.import_module("deepalign.report.tables")
+    tables.render_comparison(result.shown, out)
+    if result.report is not None:
+        out.print(f"\nreport  {result.report}", highlight=False, soft_wrap=True)
+    out.print(f"model   {result.weights}\nrun     {result.run}", highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def _working() -> Iterator[Any]:
     """Progress bars on stderr, one for each stage; the library's notices above them."""
@@ -199,6 +224,7 @@ def _quiet_libraries() -> None:
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -36,6 +38,13 @@ _UNWRITABLE = (
     errno.ENAMETOOLONG,
 )
 Record = TypeVar("Record")
+
+
+def named_folder(model: str, settings: Mapping[str, Any], kind: str = "") -> Path:
+    """A run folder named by model and settings, so that the same command finds it again."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name if "/" in model else model).strip("-.")
+    return Path("runs") / "-".join(part for part in (name[:60] or "model", kind, digest) if part)
 
 
 class RunFolder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepalign.report.reading import PROBES, Cell, Metrics, block, legible, not_run, rows, visible, whole
@@ -51,6 +51,16 @@ def run_card_table(metrics: Metrics) -> Table | None:
             facts += _facts(model, f"{role} model: ")
     facts += _facts(block(metrics, "run_card"))
     return table_of("Run card", ("setting", "value"), facts, "")
+
+
+def tuning_table(list_of_metrics: Sequence[Metrics]) -> Table | None:
+    """What a run was trained on and what it kept; for the runs that bring it."""
+    facts = [fact for metrics in list_of_metrics for fact in _facts(block(metrics, "tuning"))]
+    note = (
+        "A perplexity ratio of 1 means that the held-out answers are as probable as before; above it, something was "
+        "lost."
+    )
+    return table_of("What was trained, and what was kept", ("measure", "value"), facts, note)
 
 
 def not_tested_table(metrics: Metrics) -> Table | None:

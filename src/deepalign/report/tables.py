@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deepalign.report.accounts import left_out_tables, not_tested_table, run_card_table
+from deepalign.report.accounts import left_out_tables, not_tested_table, run_card_table, tuning_table
 from deepalign.report.reading import (
     Cell,
     Interval,
@@ -52,6 +52,7 @@ __all__ = [
     "Table",
     "audit_tables",
     "comparison_tables",
+    "render_comparison",
     "render_terminal",
     "to_csv",
     "to_markdown",
@@ -108,9 +109,10 @@ def comparison_tables(list_of_metrics: Sequence[Metrics]) -> list[Table]:
         _depth_comparison(list_of_metrics, names),
         Table("Attack success rate by forced tokens, compared", columns, tuple(by_k)),
         _rate_comparison(list_of_metrics, names, "over_refusal", "set", "refusals", "Over-refusal, compared"),
+        tuning_table(list_of_metrics),
         _differing_settings(list_of_metrics, names),
     ]
-    return [table for table in found_tables if table.rows]
+    return [table for table in found_tables if table and table.rows]
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -160,6 +162,14 @@ def render_terminal(metrics: Metrics, console: Console) -> None:
     for table in audit_tables(metrics):
         if table.title not in {"Run card", "Attack success rate by category", "Skipped prompts"}:
             console.print(Padding(_terminal_table(_spread(table), console.width), (0, 0, 1, 0)))
+
+
+def render_comparison(list_of_metrics: Sequence[Metrics], console: Console) -> None:
+    """Print the tables of several runs side by side."""
+    from rich.padding import Padding
+
+    for table in comparison_tables(list_of_metrics):
+        console.print(Padding(_terminal_table(table, console.width), (0, 0, 1, 0)))
 
 
 def _spread(table: Table) -> Table:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from deepalign.attacks import row_seed
 from deepalign.chat import answer_ids, conversation, render, stop_ids
@@ -12,7 +13,7 @@ from deepalign.judges import get_judge
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.prompts.sources import with_answers
-from deepalign.records import JudgeInput, Key, Prompt, Sampling
+from deepalign.records import JudgeInput, Key, Prompt, Sampling, Site
 from deepalign.runs import RunFolder
 
 FILE = "answers.jsonl"
@@ -22,16 +23,21 @@ _SPARE_TOKENS = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledAnswer:
-    """What the answering model wrote for one prompt in one round."""
+    """What a model wrote for one prompt in one round."""
 
     prompt_id: str
     round: int
     model: str
     text: str
     num_tokens: int
-    """Length in the answering model's own tokens."""
+    """Length of the text in the model's own tokens."""
     complied: bool
     """Whether the rule-based judge takes it for an answer."""
+    refused: bool = False
+    """Whether it takes it for a refusal from the first word on."""
+    token_ids: tuple[int, ...] = ()
+    """What was written, without the stop token."""
+    finish: Literal["stop", "length", ""] = ""
 
 
 def fill_answers(
@@ -50,43 +56,76 @@ def fill_answers(
     Up to `rounds` answers are sampled for each; a prompt leaves once it has one that complies and is long enough. A
     prompt that never does keeps its longest complying answer, or none, and is then named as skipped by the attacks.
     """
-    missing = [prompt for prompt in prompts if prompt.answer is None]
-    if not missing:
-        return tuple(prompts)
-    known = run.records(FILE, SampledAnswer)
-    with run.appender(FILE) as out:
+    known = sample_answers(
+        run,
+        FILE,
+        [prompt for prompt in prompts if prompt.answer is None],
+        source,
+        good=lambda answer: answer.complied and answer.num_tokens >= least_tokens,
+        sampling=Sampling(max_new_tokens=least_tokens + _SPARE_TOKENS),
+        system_prompt=system_prompt,
+        seed=seed,
+        rounds=rounds,
+        stage="sampling answers",
+        progress=progress,
+    )
+    return with_answers(prompts, {prompt_id: answer.text for prompt_id, answer in _longest(known).items()})
+
+
+def sample_answers(
+    run: RunFolder,
+    file: str,
+    prompts: Sequence[Prompt],
+    source: LoadedModel,
+    *,
+    good: Callable[[SampledAnswer], bool],
+    sampling: Sampling,
+    system_prompt: str | None,
+    seed: int,
+    stage: str,
+    site: Site = "raw",
+    rounds: int = ROUNDS,
+    progress: Progress = silent,
+) -> list[SampledAnswer]:
+    """Up to `rounds` answers to each prompt, until one is good; kept in a file of the run, and not sampled twice."""
+    if not prompts:
+        return []
+    known = run.records(file, SampledAnswer)
+    with run.appender(file) as out:
         for number in range(rounds):
-            open_ids = {prompt.prompt_id for prompt in missing} - _settled(known, least_tokens)
-            tried = {answer.prompt_id for answer in known if answer.round == number}
-            todo = [prompt for prompt in missing if prompt.prompt_id in open_ids - tried]
-            for count, answer in enumerate(_sample(source, todo, number, least_tokens, system_prompt, seed), start=1):
+            done = {answer.prompt_id for answer in known if answer.round == number or good(answer)}
+            todo = [prompt for prompt in prompts if prompt.prompt_id not in done]
+            made = _sample(source, todo, number, sampling, system_prompt, seed, site)
+            for count, answer in enumerate(made, start=1):
                 out.append([answer])
                 known.append(answer)
-                progress("sampling answers", len(missing) - len(todo) + count, len(missing))
-    return with_answers(prompts, _best(known))
+                progress(stage, len(prompts) - len(todo) + count, len(prompts))
+    asked = {prompt.prompt_id for prompt in prompts}
+    return [answer for answer in known if answer.prompt_id in asked]
 
 
-def _settled(known: Sequence[SampledAnswer], least_tokens: int) -> set[str]:
-    return {answer.prompt_id for answer in known if answer.complied and answer.num_tokens >= least_tokens}
-
-
-def _best(known: Sequence[SampledAnswer]) -> dict[str, str]:
+def _longest(known: Sequence[SampledAnswer]) -> dict[str, SampledAnswer]:
     best: dict[str, SampledAnswer] = {}
     for answer in known:
         rival = best.get(answer.prompt_id)
         if answer.complied and (rival is None or answer.num_tokens > rival.num_tokens):
             best[answer.prompt_id] = answer
-    return {prompt_id: answer.text for prompt_id, answer in best.items()}
+    return best
 
 
 def _sample(
-    source: LoadedModel, prompts: Sequence[Prompt], number: int, least_tokens: int, system: str | None, seed: int
+    source: LoadedModel,
+    prompts: Sequence[Prompt],
+    number: int,
+    sampling: Sampling,
+    system: str | None,
+    seed: int,
+    site: Site,
 ) -> Iterator[SampledAnswer]:
-    sampling = Sampling(max_new_tokens=least_tokens + _SPARE_TOKENS)
     jobs = []
     for prompt in prompts:
         key = Key(prompt_id=prompt.prompt_id, attack="answer", variant=f"round={number}", sample=0)
-        ids = render(source.tokenizer, source.template, conversation(prompt.text, system)).ids
+        ids = render(source.tokenizer, source.template, conversation(prompt.text, system), site=site).ids
         jobs.append(Job(ids=ids, sampling=sampling, seed=row_seed(seed, key, "base")))
     stops = stop_ids(source.tokenizer, source.model.generation_config)
     judge = get_judge("refusal")
@@ -101,4 +140,7 @@ def _sample(
             text=text,
             num_tokens=len(answer_ids(source.tokenizer, text)),
             complied=ruling.status == "complied" and ruling.refusal_char is None,
+            refused=ruling.outcome == "refused_at_once",
+            token_ids=made.token_ids,
+            finish=made.finish,
         )

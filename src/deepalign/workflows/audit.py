@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.prompts.sources import Columns, PromptSet, load_prompts
 from deepalign.records import Prompt
-from deepalign.runs import RunFolder
+from deepalign.runs import RunFolder, named_folder
 from deepalign.workflows.answers import fill_answers
 from deepalign.workflows.models import AuditModels, check_not_swapped, check_not_the_same, model_card
 from deepalign.workflows.onset import measure_onset, own_openings
@@ -132,9 +130,7 @@ def output_folder(config: AuditConfig) -> Path:
     """The run folder: the user's, or one named by model and settings, so that the same command finds it again."""
     if config.output is not None:
         return config.output
-    settings = json.dumps(_settings(config), sort_keys=True)
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(config.model).name if "/" in config.model else config.model).strip("-.")
-    return Path("runs") / f"{name[:60] or 'model'}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    return named_folder(config.model, _settings(config))
 
 
 def _settings(config: AuditConfig) -> dict[str, Any]:

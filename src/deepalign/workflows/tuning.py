@@ -1,0 +1,207 @@
+"""A training command from top to bottom: claim -> audit -> train -> save -> perplexity -> audit -> report and card.
+
+What is common to deepening and fine-tuning; they say what is trained on. Every step that is done is noted in the run
+folder and not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepalign.chat import Rendered
+from deepalign.config_tuning import TuningSettings
+from deepalign.models import Dtype, LoadedModel, load_model
+from deepalign.perplexity import AnswerLoss, answer_losses, perplexity_change
+from deepalign.progress import Progress
+from deepalign.runs import RunFolder, named_folder
+from deepalign.workflows.before_after import (
+    TuningResult,
+    perplexity_block,
+    run_audit,
+    write_card,
+    write_comparison,
+)
+from deepalign.workflows.models import model_card
+from deepalign.workflows.trainers import WEIGHTS, make_trainer, micro_batch, save_weights, train
+
+__all__ = ["Job", "Work", "make_trainer", "micro_batch", "run_job", "told"]
+
+logger = logging.getLogger(__name__)
+
+TUNING, HELD_OUT = "tuning.json", "held-out.jsonl"
+# What does not change the result, and so may differ when a run is resumed.
+_PRESENTATION = ("output", "micro_batch", "gradient_checkpointing", "save_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training command and what identifies it."""
+
+    command: str
+    config: Any
+    """The command's settings; a `TuningSettings` that names a model."""
+    identity: Mapping[str, Any]
+    """What else decides the result, such as hashes of the data."""
+    facts: Mapping[str, Any]
+    about: str
+    """What the trained model is, in a sentence, for its card."""
+    kept_set: str
+    """What the held-out answers are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a loaded model is to be trained on."""
+
+    make_trainer: Callable[[], Any]
+    held_out: Callable[[Any], Sequence[Rendered]]
+    """Given the trainer, the conversations whose perplexity is measured before and after."""
+    counts: Callable[[Any], Mapping[str, int]]
+    """Given the trainer, what is trained on and what was left out."""
+
+
+def run_job(job: Job, work: Callable[[RunFolder, LoadedModel], Work], progress: Progress) -> TuningResult:
+    """Do what of a job is not done yet.
+
+    Args:
+        job: The command.
+        work: Says, once the model is loaded, what it is trained on.
+        progress: Told of each stage.
+
+    Raises:
+        UserError: Whatever the user can mend; what was finished is kept.
+    """
+    config: TuningSettings = job.config
+    run = RunFolder(config.output or named_folder(job.config.model, _settings(config), job.command))
+    progress("loading model", 0, 1)
+    loaded = _load(job.config)
+    progress("loading model", 1, 1)
+    with run.writing():
+        identity = _settings(job.config) | dict(job.identity) | {"model_fingerprint": loaded.fingerprint}
+        run.claim(identity, {"command": job.command, "model": model_card(loaded), **job.facts})
+        logger.info("run folder %s", run.path)
+        weights = run / WEIGHTS
+        # One model in memory at a time: the audits bring their own.
+        del loaded
+        _let_go()
+        audits = []
+        if config.audit:
+            audits.append(run_audit(config, job.config.model, job.config.model, run.path, "before", progress))
+        if "trained" not in run.manifest:
+            _train(run, job, work, progress)
+            _let_go()
+        told_of = _measured(run, job, progress)
+        if config.audit:
+            audits.append(run_audit(config, job.config.model, str(weights), run.path, "after", progress))
+        shown = write_comparison(run, tuple(audits), told_of) if audits else [{"tuning": told_of}]
+        write_card(run, weights, _head(job, run), shown if audits else [])
+    return TuningResult(run=run.path, weights=weights, tuning=told_of, audits=tuple(audits), shown=tuple(shown))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    data = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PRESENTATION}
+    settings: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    return settings
+
+
+def _load(config: Any, weights: str | None = None) -> LoadedModel:
+    """The model to train, or what was written of it, in the dtype for training."""
+    dtype: Dtype = "float32" if config.dtype == "auto" and config.method == "full" else config.dtype
+    return load_model(
+        weights or config.model,
+        revision=None if weights else config.revision,
+        dtype=dtype,
+        device=config.device,
+        quantize=config.quantize,
+        chat_template=config.chat_template,
+    )
+
+
+def _let_go() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _train(run: RunFolder, job: Job, work: Callable[[RunFolder, LoadedModel], Work], progress: Progress) -> None:
+    """Train, write the weights, and note everything that is known without them."""
+    loaded = _load(job.config)
+    asked = work(run, loaded)
+    trainer = asked.make_trainer()
+    held_out, counts = asked.held_out(trainer), asked.counts(trainer)
+    before = list(answer_losses(loaded.model, held_out))
+    run.write_records(HELD_OUT, [_Held(ids=item.ids, mask=item.response_mask) for item in held_out])
+    logger.info("training on %s", told(counts))
+    started = time.monotonic()
+    history = train(trainer, run, progress)
+    save_weights(trainer, loaded, run, job.config)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    run.note(
+        trained={
+            "command": job.command,
+            "steps": trainer.state.global_step,
+            "seconds": round(time.monotonic() - started, 1),
+            "loss_first": losses[0] if losses else None,
+            "loss_last": losses[-1] if losses else None,
+            "counts": dict(counts),
+            "nats_before": [one.nats for one in before],
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Held:
+    """A held-out conversation, as ids."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]
+
+
+def _measured(run: RunFolder, job: Job, progress: Progress) -> dict[str, Any]:
+    """Perplexity of the held-out answers under the written weights, beside what was noted while training."""
+    if (run / TUNING).exists():
+        known: dict[str, Any] = json.loads((run / TUNING).read_text(encoding="utf-8"))
+        return known
+    noted = run.manifest["trained"]
+    items = [Rendered(ids=held.ids, response_mask=held.mask) for held in run.records(HELD_OUT, _Held)]
+    progress("perplexity", 0, len(items))
+    change = None
+    if items:
+        tuned = _load(job.config, str(run / WEIGHTS))
+        after = []
+        for one in answer_losses(tuned.model, items):
+            after.append(one)
+            progress("perplexity", len(after), len(items))
+        before = [
+            AnswerLoss(nats=nats, num_tokens=one.num_tokens)
+            for nats, one in zip(noted["nats_before"], after, strict=True)
+        ]
+        change = perplexity_change(before, after)
+    found = {name: value for name, value in noted.items() if name != "nats_before"}
+    found["perplexity"] = perplexity_block(change, job.kept_set)
+    run.write_json(TUNING, found)
+    return found
+
+
+def _head(job: Job, run: RunFolder) -> dict[str, Any]:
+    adapter = (run / WEIGHTS / "adapter_config.json").exists()
+    return {
+        "base_model": job.config.model,
+        "library_name": "peft" if adapter else "transformers",
+        "tags": ["deepalign", job.command],
+        "kind": job.about,
+    }
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """Counts in words, those of zero left out."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
