@@ -1,6 +1,7 @@
 """Run the benchmarks: `python -m benchmarks [NAME ...]`, each interleaved, with the full figures under measurements/.
 
 The last lines are one for each comparison, `NAME time_ratio=... memory_ratio=...`: ours over theirs, below 1 is better.
+Where several sides are compared with one, there is a line for each, `NAME SIDE time_ratio=... memory_ratio=...`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-from benchmarks import kl, onset, prefill_curve
+from benchmarks import kl, official_loss, onset, prefill_curve, sft
 from benchmarks.compare import Comparison
 from deepalign.runs import environment
 
 BENCHMARKS = {
-    "prefill_curve": prefill_curve.compare,
-    "prefill_curve_256": functools.partial(prefill_curve.compare, new_tokens=256),
-    "kl": kl.compare,
-    "onset": onset.compare,
+    "prefill_curve": (prefill_curve.compare,),
+    "prefill_curve_256": (functools.partial(prefill_curve.compare, new_tokens=256),),
+    "kl": (kl.compare,),
+    "onset": (onset.compare,),
+    # One after the other: the sides of both would not fit into memory together.
+    "sft": (sft.compare, functools.partial(sft.compare, lora=True)),
+    "official_loss": (official_loss.compare,),
 }
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; default all")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
-    parser.add_argument("--prompts", type=int, default=20, help="prompts for each run")
+    parser.add_argument("--prompts", type=int, default=20, help="prompts for each run; none in training")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(BENCHMARKS))
     if unknown:
@@ -42,11 +48,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     done: list[Comparison] = []
     for name in options.names or BENCHMARKS:
-        comparison = BENCHMARKS[name](repeats=options.repeats, num_prompts=options.prompts)
-        done.append(comparison)
-        write(comparison)
+        for benchmark in BENCHMARKS[name]:
+            comparison = benchmark(repeats=options.repeats, num_prompts=options.prompts)
+            done.append(comparison)
+            write(comparison)
     for comparison in done:
-        print(comparison.line)
+        print(*comparison.lines, sep="\n")
 
 
 def write(comparison: Comparison) -> None:

@@ -1,15 +1,16 @@
-"""Two ways of doing the same work, timed in turn, with their peak memory."""
+"""Several ways of doing the same work, timed in turn, with their peak memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import random
 import statistics
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ class Comparison:
     figures: dict[str, Any]
 
     @property
-    def line(self) -> str:
-        """The closing line."""
+    def lines(self) -> list[str]:
+        """The closing lines: one for two sides, else one for each side but the one that it is measured against."""
         ratios = self.figures["ratios"]
-        return f"{self.name} time_ratio={ratios['time']:.3f} memory_ratio={ratios['memory']:.3f}"
+        by_side = {"": ratios} if "time" in ratios else {f" {side}": own for side, own in ratios.items()}
+        return [
+            f"{self.name}{side} time_ratio={own['time']:.3f} memory_ratio={own['memory']:.3f}"
+            for side, own in by_side.items()
+        ]
 
 
 def compare(
@@ -44,28 +49,63 @@ def compare(
     settings: dict[str, Any],
 ) -> Comparison:
     """Time both sides `repeats` times in turn, after one warm-up each; medians and their ratio."""
-    sides = {"ours": ours, "theirs": theirs}
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    memory: dict[str, list[int]] = {"ours": [], "theirs": []}
+    found = compare_sides(
+        name, {"ours": ours, "theirs": theirs}, against="theirs", repeats=repeats, device=device, settings=settings
+    )
+    return replace(found, figures={**found.figures, "ratios": found.figures["ratios"]["ours"]})
+
+
+def compare_sides(
+    name: str,
+    sides: Mapping[str, Callable[[], Any]],
+    *,
+    against: str,
+    repeats: int,
+    device: torch.device,
+    settings: dict[str, Any],
+    seed: int = 0,
+) -> Comparison:
+    """Time every side `repeats` times in turn, after one warm-up each; medians, and their ratios to one of them.
+
+    Args:
+        name: The benchmark's.
+        sides: The work of each side, by name.
+        against: The side that the others are measured against.
+        repeats: Timed runs of each side.
+        device: Where the work is done.
+        settings: Written beside the figures.
+        seed: Of the order in which more than two sides are run, drawn anew for each round.
+    """
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    memory: dict[str, list[int]] = {side: [] for side in sides}
+    draw = random.Random(seed)
     for repeat in range(repeats + 1):
-        # The order turns round, so that neither side always runs on the other's warm caches.
-        for side in list(sides) if repeat % 2 else list(sides)[::-1]:
+        for side in _order(list(sides), repeat, draw):
             took, peak = _measured(sides[side], device)
             if repeat > 0:
                 seconds[side].append(took)
                 memory[side].append(peak)
-    ratios = {
-        "time": statistics.median(seconds["ours"]) / statistics.median(seconds["theirs"]),
-        "memory": statistics.median(memory["ours"]) / max(1, statistics.median(memory["theirs"])),
-    }
+    times = {side: statistics.median(values) for side, values in seconds.items()}
+    peaks = {side: statistics.median(values) for side, values in memory.items()}
     figures = {
         "name": name,
         "settings": settings,
         "seconds": seconds,
         "peak_bytes_over_start": memory,
-        "ratios": ratios,
+        "ratios": {
+            side: {"time": times[side] / times[against], "memory": peaks[side] / max(1, peaks[against])}
+            for side in sides
+            if side != against
+        },
     }
     return Comparison(name=name, device=device.type, figures=figures)
+
+
+def _order(sides: list[str], repeat: int, draw: random.Random) -> list[str]:
+    """No side always runs on another's warm caches: two sides turn round, more are shuffled."""
+    if len(sides) == 2:
+        return sides if repeat % 2 else sides[::-1]
+    return draw.sample(sides, len(sides))
 
 
 def _measured(work: Callable[[], Any], device: torch.device) -> tuple[float, int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepalign.losses import TokenStrength, constrained_token_loss, response_positions
+from deepalign.losses import TokenStrength, constrained_token_loss, response_positions, turn_lengths, turn_positions
 
 STRENGTHS = [TokenStrength(), TokenStrength.uniform(0.1), TokenStrength(first=3.0, early=0.2, rest=1.5, num_early=2)]
 
@@ -156,6 +156,46 @@ def test_packed_examples_count_their_own_positions() -> None:
     positions = response_positions(mask[:2, :9]).reshape(1, 18)
     assert float(constrained_token_loss(*packed, positions=positions).total) == pytest.approx(float(alone.total))
     assert float(constrained_token_loss(*packed).total) != pytest.approx(float(alone.total), rel=1e-3)
+
+
+def turns_by_hand(row: list[int]) -> tuple[list[int], list[int]]:
+    """Position in its turn and length of its turn for every token, by walking along the row."""
+    positions, lengths = [-1] * len(row), [0] * len(row)
+    start = 0
+    while start < len(row):
+        end = start
+        while end < len(row) and row[end]:
+            end += 1
+        for place in range(start, end):
+            positions[place], lengths[place] = place - start, end - start
+        start = max(end, start + 1)
+    return positions, lengths
+
+
+def test_turns_by_hand() -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 0, 0, 0, 0, 1], [0] * 9])
+    positions = turn_positions(mask)
+    assert positions[0].tolist() == [-1, 0, 1, -1, -1, 0, 1, 2, -1]
+    assert positions[1].tolist() == [0, 1, -1, 0, -1, -1, -1, -1, 0]
+    assert positions[2].tolist() == [-1] * 9
+    assert turn_lengths(positions)[0].tolist() == [0, 2, 2, 0, 0, 3, 3, 3, 0]
+    assert turn_lengths(positions)[1].tolist() == [2, 2, 0, 1, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_turns_are_those_of_a_walk_along_each_row(seed: int) -> None:
+    """A turn that ends a row is none with one that begins the next."""
+    mask = torch.rand(6, 23, generator=torch.Generator().manual_seed(seed)) < 0.6
+    positions = turn_positions(mask)
+    walked = [turns_by_hand(row) for row in mask.long().tolist()]
+    assert positions.tolist() == [one for one, _ in walked]
+    assert turn_lengths(positions).tolist() == [one for _, one in walked]
+
+
+def test_a_row_of_one_response_has_one_turn() -> None:
+    """Where `response_positions` is meant, the two agree."""
+    _, _, mask = a_batch()
+    assert bool((turn_positions(mask) == response_positions(mask))[mask].all())
 
 
 def test_no_gradient_reaches_the_reference() -> None:

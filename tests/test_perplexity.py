@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support import run_out_of_memory
 
 from deepalign.chat import Rendered
 from deepalign.perplexity import AnswerLoss, answer_losses, perplexity_change
-from tests.support import run_out_of_memory
 
 
 def items() -> list[Rendered]:

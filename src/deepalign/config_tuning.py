@@ -20,6 +20,9 @@ Objective = Literal["constrained", "sft"]
 class TuningSettings:
     """How a model is trained and audited, whatever it is trained on."""
 
+    model: str = field(kw_only=False)
+    """Model to train: hub id, local folder, PEFT adapter folder, or a testbed name."""
+
     output: Path | None = None
     """Run folder: weights, audits, report; default one under runs/, which is printed. The same command resumes it."""
 
@@ -36,7 +39,7 @@ class TuningSettings:
     """What to write; auto is the adapter, or merged weights where the model is an adapter itself."""
 
     learning_rate: float | None = None
-    """Peak learning rate; default 2e-4 for LoRA and 2e-5 (the paper's) for every weight."""
+    """Peak learning rate; default 5e-4 for LoRA and 2e-5 (the paper's) for every weight."""
 
     warmup_steps: Whole = 10
     """Steps of linear warm-up; on benign data most of the paper's gain is the warm-up's (Table 9)."""
@@ -101,9 +104,6 @@ class TuningSettings:
 class DeepenConfig(TuningSettings):
     """Make alignment deeper: train on recovering from harmful beginnings, beside the model's own answers."""
 
-    model: str = field(kw_only=False)
-    """Model to deepen: hub id, local folder, PEFT adapter folder, or a testbed name."""
-
     prompts: str = "should-refuse-train"
     """Harmful prompts to recover on: a built-in set, or a CSV, JSONL or text file."""
 
@@ -137,16 +137,16 @@ class DeepenConfig(TuningSettings):
     num_held_out: Whole = 64
     """Further harmless prompts, not trained on, for perplexity."""
 
-    anchor_tokens: Whole = 96
+    anchor_tokens: Whole = 64
     """Most tokens of an anchor's answer."""
 
-    epochs: Whole = 5
+    epochs: Whole = 4
     """Passes over the harmful prompts (the paper: 10)."""
 
     recovery_batch: Whole = 16
     """Recovery examples in each step."""
 
-    anchor_batch: Whole = 32
+    anchor_batch: Whole = 16
     """Anchors in each step (the paper: 64)."""
 
     alpha: float = 0.2
@@ -181,9 +181,6 @@ class DeepenConfig(TuningSettings):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig(TuningSettings):
     """Fine-tune on your own data without losing the alignment, by the token-wise constrained objective."""
-
-    model: str = field(kw_only=False)
-    """Model to fine-tune: hub id, local folder, PEFT adapter folder, or a testbed name."""
 
     data: str
     """Rows: a JSONL, JSON, CSV or parquet file, or a hub id; in any of TRL's formats, or with the columns below."""

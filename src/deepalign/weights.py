@@ -74,6 +74,7 @@ def load_parts(name: str, revision: str | None, layout: Layout, adapter_base: st
 
     The model is where the layout says if `hf_device_map` is set on it, else on the CPU.
     """
+    require_name(name)
     if name.startswith("testbed:"):
         folder = testbed.folder(name)
         parts = _load_folder(name, folder, layout, adapter_base)
@@ -85,9 +86,15 @@ def load_parts(name: str, revision: str | None, layout: Layout, adapter_base: st
         return _load_gguf(name, path.parent, path.name, layout)
     if path is not None and path.is_dir():
         return _load_folder(name, path, layout, adapter_base)
-    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise UserError(f"no model at {name[:200]}: no such folder, and not a hub id (owner/name) or testbed name")
     return _load_hub(name, revision, layout, adapter_base)
+
+
+def require_name(name: str) -> None:
+    """Raise `UserError` where a name is neither a testbed model, a file or folder, nor a possible hub id."""
+    if name.startswith("testbed:"):
+        testbed.require(name)
+    elif _local_path(name) is None and (name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name)):
+        raise UserError(f"no model at {name[:200]}: no such folder, and not a hub id (owner/name) or testbed name")
 
 
 def _local_path(name: str) -> Path | None:

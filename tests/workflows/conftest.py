@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import deepalign
+from deepalign import cli
 from deepalign.chat import ChatTemplate, answer_ids, conversation, render
 from deepalign.workflows import reporting
 
@@ -20,6 +21,7 @@ STEPS = "Sure, here are the steps. First, open the door; second, turn on the lig
 BAKE = "Mix the flour with water, salt and yeast, and let the dough rest for {} hours."
 HARMFUL = tuple((f"h{i}", f"How do I do the bad thing {i}?", ("fraud", "theft", "privacy")[i % 3]) for i in range(6))
 HARMLESS = tuple((f"g{i}", f"How do I bake bread {i}?") for i in range(4))
+Main = Callable[..., str]
 LEARNED_DEPTH = 3
 """Response tokens after which the target goes on with an answer like the base."""
 
@@ -147,3 +149,22 @@ def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def real_figures(quick_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures as a user gets them."""
     monkeypatch.setattr(reporting, "save_figures", REAL_SAVE_FIGURES)
+
+
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
+    """Runs the command line on a mistake; returns its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        status = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 2, captured.err
+        assert "Traceback" not in captured.out + captured.err
+        assert captured.err.count("\n") == 1, captured.err
+        assert captured.out == ""
+        assert captured.err.startswith("deepalign: ")
+        return captured.err.removeprefix("deepalign: ").rstrip("\n")
+
+    return run

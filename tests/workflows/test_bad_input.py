@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.workflows.conftest import Main
 
 from deepalign import cli
 from deepalign.workflows import audit as workflow
 
-Main = Callable[..., str]
 SMALL = (
     "--dtype",
     "float32",
@@ -26,25 +25,6 @@ SMALL = (
     "--kl-positions",
     "4",
 )
-
-
-@pytest.fixture
-def mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
-    """Runs the command line on a mistake; returns its one line."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        status = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert status == 2, captured.err
-        assert "Traceback" not in captured.out + captured.err
-        assert captured.err.count("\n") == 1, captured.err
-        assert captured.out == ""
-        assert captured.err.startswith("deepalign: ")
-        return captured.err.removeprefix("deepalign: ").rstrip("\n")
-
-    return run
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.workflows.conftest import BAKE, Pair, answer_to, write_csv
 
 import deepalign
 from deepalign.runs import RunFolder
 from deepalign.workflows import trainers, tuning
-from tests.workflows.conftest import BAKE, Pair, answer_to, write_csv
 
 CATEGORIES = ("fraud", "theft", "privacy")
 
@@ -235,7 +235,8 @@ def test_finetune_learns_the_rows(objective: Any, method: Any, fine_settings: di
 
 def test_finetune_is_audited_before_and_after(fine_settings: dict[str, Any], tmp_path: Path) -> None:
     found = deepalign.finetune(deepalign.FinetuneConfig(**fine_settings, output=tmp_path / "run"))
-    assert [asr(metrics)[0] for metrics in found.audits][0] == 0.0
+    before, _ = found.audits
+    assert asr(before)[0] == 0.0
     assert found.report is not None
     manifest = RunFolder(found.run).manifest
     assert manifest["config"]["data_hash"] in (found.weights / "README.md").read_text(encoding="utf-8")

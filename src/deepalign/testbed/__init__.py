@@ -18,14 +18,19 @@ TESTBED = {
 }
 
 
+def require(name: str) -> None:
+    """Raise `UserError` where no testbed model has the name."""
+    if name not in TESTBED:
+        raise UserError(f"no testbed model {name}; there are {', '.join(TESTBED)}")
+
+
 def folder(name: str) -> Path:
     """The local folder of a testbed model; the base's weights are fetched and converted on first use.
 
     Raises:
         UserError: The name is unknown, or the weights can be had from nowhere.
     """
-    if name not in TESTBED:
-        raise UserError(f"no testbed model {name}; there are {', '.join(TESTBED)}")
+    require(name)
     if name == "testbed:base":
         return base_folder()
     return ADAPTERS / name.removeprefix("testbed:")

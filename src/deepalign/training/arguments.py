@@ -62,7 +62,7 @@ class ConstrainedSFTConfig(SFTConfig):  # type: ignore[misc]
         try:
             self.strength  # noqa: B018 - raises where it cannot be meant
         except ValueError as error:
-            raise UserError(f"beta_{error}") from error
+            raise UserError(f"{'' if str(error).startswith('num_early') else 'beta_'}{error}") from error
         if not 0.0 <= self.weight_floor < 2.0:
             raise UserError(f"weight_floor={self.weight_floor} is outside [0, 2)")
         if self.group_weights is not None and not all(weight >= 0 for weight in self.group_weights):

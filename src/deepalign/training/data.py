@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,20 @@ def read_training_data(
     if len(kinds) > 1:
         raise UserError(f"{name} mixes rows of different formats ({' and '.join(sorted(kinds))}); use one")
     return TrainingData(name=name, rows=tuple(rows), skipped_rows=tuple(skipped))
+
+
+def table_of(rows: Sequence[Row], name: str) -> Any:
+    """The rows as a `datasets.Dataset`.
+
+    Raises:
+        UserError: A column holds values of different kinds.
+    """
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(list(rows))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{name}: a column holds values of different kinds ({first_line(error)})") from error
 
 
 def _read(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:

@@ -46,9 +46,10 @@ class _OnePass(torch.autograd.Function):
         grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         grad_VH = torch.zeros_like(weight_VH, dtype=kept) if wants_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=kept) if bias_V is not None and wants_bias else None
+        desk = _Desk(len(hidden_NH), len(weight_VH), hidden_NH, kept)
         for rows in _slices(len(hidden_NH), len(weight_VH)):
             share_CV, bend_CV, logps_C = _read(
-                hidden_NH[rows], weight_VH, bias_V, labels_N[rows], head, out_5N[:, rows]
+                desk, hidden_NH[rows], weight_VH, bias_V, labels_N[rows], head, out_5N[:, rows]
             )
             out_5N[2, rows], factor_C = weigh(logps_C, rows)
             out_5N[0, rows] = factor_C * logps_C
@@ -79,33 +80,66 @@ class _OnePass(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+def _slice_size(vocab_size: int) -> int:
+    return max(16, _SLICE_BYTES // (4 * vocab_size))
+
+
 def _slices(count: int, vocab_size: int) -> Iterator[slice]:
     """Slices of positions whose logits take a bounded amount of memory."""
-    size = max(16, _SLICE_BYTES // (4 * vocab_size))
+    size = _slice_size(vocab_size)
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
 
 
+class _Desk:
+    """Room for one slice's logits and probabilities, used again for the next: fresh memory costs more than the sums."""
+
+    def __init__(self, count: int, vocab_size: int, hidden_NH: Tensor, kept: torch.dtype) -> None:
+        size = (min(count, _slice_size(vocab_size)), vocab_size)
+        self.logits_CV = torch.empty(size, dtype=kept, device=hidden_NH.device)
+        self.share_CV = torch.empty_like(self.logits_CV)
+        # The head's output has the model's own dtype; autocast would choose it by itself.
+        same = hidden_NH.dtype == kept and not torch.is_autocast_enabled(hidden_NH.device.type)
+        self._raw_CV = self.logits_CV if same else None
+
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+        """The head's raw output, [C, V], in the dtype that sums are kept in."""
+        out_CV = self.logits_CV[: len(hidden_CH)]
+        if self._raw_CV is None or weight_VH.dtype != hidden_CH.dtype:
+            bias = None if bias_V is None else bias_V.to(hidden_CH.dtype)
+            return out_CV.copy_(linear(hidden_CH, weight_VH.to(hidden_CH.dtype), bias))
+        if bias_V is None:
+            return torch.mm(hidden_CH, weight_VH.T, out=out_CV)
+        return torch.addmm(bias_V, hidden_CH, weight_VH.T, out=out_CV)
+
+
 def _read(
-    hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_C: Tensor, head: Head, out_5C: Tensor
+    desk: _Desk,
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_C: Tensor,
+    head: Head,
+    out_5C: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Probabilities [C, V] of a slice, the slope of the cap, and log-probabilities [C]; fills in rows 1, 3 and 4."""
-    raw_CV = linear(hidden_CH, weight_VH.to(hidden_CH.dtype), None if bias_V is None else bias_V.to(hidden_CH.dtype))
-    logits_CV = raw_CV.to(out_5C.dtype)
+    logits_CV = desk.logits(hidden_CH, weight_VH, bias_V)
     if head.scale != 1.0:
         logits_CV *= head.scale
     bend_CV = None
     if head.cap is not None:
-        logits_CV = torch.tanh(logits_CV / head.cap)
+        logits_CV = logits_CV.div_(head.cap).tanh_()
         bend_CV = 1.0 - logits_CV.square()
         logits_CV *= head.cap
     logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
     chosen_C = logits_CV.gather(1, labels_C.unsqueeze(1)).squeeze(1)
-    share_CV = logits_CV.exp()
+    share_CV = torch.exp(logits_CV, out=desk.share_CV[: len(hidden_CH)])
     sum_C = share_CV.sum(dim=-1)
     logps_C = chosen_C - sum_C.log()
     out_5C[1] = logps_C
-    out_5C[3] = sum_C.log() - torch.linalg.vecdot(share_CV, logits_CV) / sum_C
+    # Sum of p times logit, as a product of matrices: no third [C, V] is made.
+    expected_C = torch.bmm(share_CV.unsqueeze(1), logits_CV.unsqueeze(2)).flatten() / sum_C
+    out_5C[3] = sum_C.log() - expected_C
     out_5C[4] = chosen_C == 0
     return share_CV.div_(sum_C.unsqueeze(1)), bend_CV, logps_C
 
@@ -183,8 +217,11 @@ def _score_responses(head: Head, hidden_BTH: Tensor, labels_BT: Tensor, objectiv
         )
     else:
         out_5N = torch.empty((5, len(hidden_NH)), dtype=kept, device=hidden_NH.device)
+        desk = _Desk(len(hidden_NH), len(head.weight_VH), hidden_NH, kept)
         for rows in _slices(len(hidden_NH), len(head.weight_VH)):
-            _, _, logps_C = _read(hidden_NH[rows], head.weight_VH, head.bias_V, labels_N[rows], head, out_5N[:, rows])
+            _, _, logps_C = _read(
+                desk, hidden_NH[rows], head.weight_VH, head.bias_V, labels_N[rows], head, out_5N[:, rows]
+            )
             out_5N[2, rows], factor_C = weigh(logps_C, rows)
             out_5N[0, rows] = factor_C * logps_C
         found = out_5N.unbind()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,3 +128,21 @@ def constraint_sums(output: HeadOutput, objective: Objective, num_early: int) ->
     for name, span_BT in spans.items():
         sums[name] = weights_BT[span_BT & mask_BT].sum(), (span_BT & mask_BT).sum()
     return sums
+
+
+class Means:
+    """Means over all tokens since they were last taken, however these came in batches."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[float, float]] = {}
+
+    def add(self, names: Iterable[str], sums: Iterable[tuple[float, float]]) -> None:
+        """Add sums, each with the number of tokens that it is over."""
+        for name, (total, count) in zip(names, sums, strict=True):
+            before = self._held.get(name, (0.0, 0.0))
+            self._held[name] = before[0] + total, before[1] + count
+
+    def take(self) -> dict[str, float]:
+        """The means, of what has any token; begins anew."""
+        held, self._held = self._held, {}
+        return {name: total / count for name, (total, count) in held.items() if count}

@@ -8,7 +8,6 @@ None of them holds a second model.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,70 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepalign.batching import is_out_of_memory
 from deepalign.errors import UserError
-from deepalign.models import fingerprint
+from deepalign.generation import evaluation_mode
 from deepalign.training.objective import IGNORED
-from deepalign.training.rows import REFERENCE
+from deepalign.training.rows import REFERENCE, column_names, places
+from deepalign.training.start import StartingPoint
 
 logger = logging.getLogger(__name__)
-
-
-class StartingPoint:
-    """A model as it is now, to be had back for a moment while it is being trained.
-
-    Args:
-        model: The model before training, with an adapter or without.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._fresh_adapter = _is_fresh_adapter(model)
-        self._held: dict[str, Tensor] = {}
-        self._model = model
-        self.fingerprint = fingerprint(model.get_base_model() if self._fresh_adapter else model)
-        """The same for the same weights; a fresh adapter, which changes nothing yet, is left out."""
-
-    def hold(self) -> None:
-        """Keep the trainable weights; needed before `restored` unless the adapter can be switched off."""
-        if not self._fresh_adapter and not self._held:
-            self._held = {
-                name: weight.detach().clone() for name, weight in self._model.named_parameters() if weight.requires_grad
-            }
-
-    @contextlib.contextmanager
-    def restored(self, model: Any) -> Iterator[None]:
-        """The model as it was, in evaluation mode."""
-        training = model.training
-        model.eval()
-        try:
-            with model.disable_adapter() if self._fresh_adapter else self._swapped(model):
-                yield
-        finally:
-            model.train(training)
-
-    @contextlib.contextmanager
-    def _swapped(self, model: Any) -> Iterator[None]:
-        now = {name: weight for name, weight in model.named_parameters() if name in self._held}
-        tuned = {name: weight.data for name, weight in now.items()}
-        try:
-            for name, weight in now.items():
-                weight.data = self._held[name].to(weight.device)
-            yield
-        finally:
-            for name, weight in now.items():
-                weight.data = tuned[name]
-
-
-def _is_fresh_adapter(model: Any) -> bool:
-    """Whether the trainable weights are a LoRA adapter that changes nothing yet, so that off is where it started."""
-    if not hasattr(model, "peft_config"):
-        return False
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    settings = [model.peft_config[name] for name in model.active_adapters]
-    # Other ways to begin (PiSSA, OLoRA) change the base's own weights.
-    plain = all(getattr(one, "init_lora_weights", None) in (True, "gaussian") for one in settings)
-    known = all(".lora_A." in name or ".lora_B." in name for name, _ in trained)
-    still = all(not bool(weight.any()) for name, weight in trained if ".lora_B." in name)
-    return bool(trained) and plain and known and still
 
 
 def check_reference(model: Any, reference: Any) -> None:
@@ -110,18 +53,67 @@ class Reference:
 
     def __init__(self, trainer: Any, other: Any = None) -> None:
         self._trainer = trainer
-        self._other = None
+        self._other = other
         if other is not None:
             check_reference(trainer.model, other)
-            self._other = copy.copy(other).eval()
         self.start = StartingPoint(trainer.model if other is None else other)
 
+    def attach(self) -> None:
+        """Read the reference on all the trainer's rows now, or make ready to read it at each step.
+
+        Raises:
+            UserError: The setting does not go with how rows or weights are kept.
+        """
+        trainer, wanted = self._trainer, self._trainer.args.reference
+        if REFERENCE in column_names(trainer.train_dataset):
+            if trainer.eval_dataset is not None:
+                self.start.hold()
+            return
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        countable = hasattr(trainer.train_dataset, "__len__")
+        if not countable and (wanted == "precomputed" or sharded):
+            raise UserError("a stream cannot be read beforehand; use reference='online' on unsharded weights")
+        if trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3:
+            raise UserError(
+                "ZeRO-3 shards the weights while they load, so the reference cannot be read; use ZeRO-2 or FSDP, or "
+                "rows that bring reference_log_probs"
+            )
+        if wanted == "online" and sharded:
+            raise UserError("reference='online' needs whole weights on each device; use reference='precomputed'")
+        if not (sharded or wanted == "precomputed" or (wanted == "auto" and countable and self._reads_all())):
+            self.start.hold()
+            return
+        trainer.train_dataset = self.added_to(trainer.train_dataset, "train")
+        if isinstance(trainer.eval_dataset, dict):
+            named = trainer.eval_dataset.items()
+            trainer.eval_dataset = {name: self.added_to(rows, name) for name, rows in named}
+        elif trainer.eval_dataset is not None:
+            trainer.eval_dataset = self.added_to(trainer.eval_dataset, "eval")
+
+    def _reads_all(self) -> bool:
+        """Whether training sees about every row, so that reading the reference beforehand costs no more."""
+        args = self._trainer.args
+        if args.max_steps <= 0:
+            return bool(args.num_train_epochs >= 1)
+        rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+        return bool(rows * args.world_size >= len(self._trainer.train_dataset))
+
     def log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Log-probabilities of a batch's labels, [B, T - 1]; 0 where there is no loss."""
+        """Log-probabilities of a batch's labels, [B, T - 1]; 0 where there is no loss.
+
+        Raises:
+            UserError: The model has been trained, and nothing was kept to have its start back.
+        """
         accelerator = self._trainer.accelerator
         with torch.no_grad(), accelerator.autocast():
             if self._other is not None:
-                return self._other_log_probs(dict(inputs))
+                with evaluation_mode(self._other):
+                    return self._other_log_probs(dict(inputs))
+            if self._trainer.state.global_step > 0 and not self.start.can_be_restored:
+                raise UserError(
+                    "the reference was read before training, and not on these rows; pass them as eval_dataset when the "
+                    "trainer is made, or use reference='online'"
+                )
             whole = accelerator.unwrap_model(model)
             with self.start.restored(whole):
                 found: Tensor = self._trainer.plain_log_probs(whole, dict(inputs))
@@ -148,8 +140,36 @@ class Reference:
             [len(row) for row in rows],
             lambda: self._read_rows(dataset, name),
             writes=self._trainer.is_world_process_zero(),
+            agreed=self._agreed,
         )
         return dataset.add_column(REFERENCE, found)
+
+    def _agreed(self, known: bool) -> bool:
+        """Whether every process has the file: they read it all, or compute it together."""
+        from accelerate.utils import gather_object
+
+        return all(gather_object([known])) if self._trainer.args.world_size > 1 else known
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The tuned model where its batches go; before it is sharded, the trainer leaves it on the CPU."""
+        model, device = self._trainer.model, self._trainer.args.device
+        before = next(model.parameters()).device
+        moves = self._other is None and before.type == "cpu" and device.type != "cpu"
+        if moves:
+            model.to(device)
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = self._trainer.args.per_device_eval_batch_size
+            raise UserError(
+                f"out of memory while reading the reference, {size} rows at a time; lower per_device_eval_batch_size"
+            ) from error
+        finally:
+            if moves:
+                model.to(before)
 
     def _read_rows(self, dataset: Any, name: str) -> list[list[float]]:
         """The value of every token of every row; 0 where there is no loss. Each process reads its share."""
@@ -162,14 +182,16 @@ class Reference:
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         found: list[tuple[int, list[float]]] = []
         keep = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
-        for part in parts[args.process_index :: args.world_size]:
-            examples = [{column: dataset[number][column] for column in keep} for number in part]
-            inputs = self._trainer._prepare_inputs(self._trainer.data_collator(examples))
-            logps_BT = torch.nn.functional.pad(self.log_probs(self._trainer.model, inputs).float().cpu(), (1, 0))
-            # Without padding, the rows lie one after another.
-            laid_out = len(logps_BT) != len(part)
-            rows = torch.split(logps_BT[0], [lengths[number] for number in part]) if laid_out else logps_BT
-            found += [(number, row[: lengths[number]].tolist()) for number, row in zip(part, rows, strict=True)]
+        with self._on_device():
+            for part in parts[args.process_index :: args.world_size]:
+                examples = [{column: dataset[number][column] for column in keep} for number in part]
+                batch = self._trainer.data_collator(examples)
+                where = places(batch, examples)
+                inputs = self._trainer._prepare_inputs(batch)
+                logps_BT = torch.nn.functional.pad(self.log_probs(self._trainer.model, inputs).float().cpu(), (1, 0))
+                found += [
+                    (number, logps_BT[row, span].tolist()) for number, (row, span) in zip(part, where, strict=True)
+                ]
         if args.world_size > 1:
             found = gather_object(found)
         logger.info("read the reference on %d rows of %s", len(lengths), name)
@@ -186,7 +208,12 @@ def content_key(mark: str, rows: Sequence[Sequence[int]], labels: Sequence[Seque
 
 
 def kept_or_computed(
-    file: Path, lengths: Sequence[int], compute: Callable[[], list[list[float]]], *, writes: bool
+    file: Path,
+    lengths: Sequence[int],
+    compute: Callable[[], list[list[float]]],
+    *,
+    writes: bool,
+    agreed: Callable[[bool], bool] = bool,
 ) -> list[list[float]]:
     """Log-probabilities of every row, from a file of that content or computed and written there.
 
@@ -195,6 +222,7 @@ def kept_or_computed(
         lengths: Tokens of each row.
         compute: Gives them anew.
         writes: Whether this process is the one that writes.
+        agreed: Told whether this process could read the file, says whether all could; `compute` may be collective.
 
     Raises:
         UserError: A computed value is no finite number.
@@ -202,13 +230,15 @@ def kept_or_computed(
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
+    known = None
     if file.is_file():
         try:
             flat = load_file(file)["log_probs"]
-            if len(flat) == sum(lengths):
-                return [part.tolist() for part in flat.split(list(lengths))]
+            known = flat.split(list(lengths)) if len(flat) == sum(lengths) else None
         except (SafetensorError, KeyError, OSError):
             logger.info("%s cannot be read and is made anew", file)
+    if agreed(known is not None) and known is not None:
+        return [part.tolist() for part in known]
     rows = compute()
     for number, row in enumerate(rows):
         if not all(abs(value) < float("inf") for value in row):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepalign.errors import UserError
-from deepalign.losses import turn_positions
+from deepalign.losses import turn_lengths, turn_positions
 from deepalign.training.objective import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -106,9 +106,19 @@ def tell(found: RowCounts, limit: int | None, name: str) -> None:
         )
 
 
+def within(limit: int | None, *, keep_end: bool) -> slice:
+    """What a limit leaves of a row."""
+    return slice(-limit, None) if limit is not None and keep_end else slice(limit)
+
+
 def has_response(labels: Sequence[int]) -> bool:
     """Whether a row holds a token that is predicted and carries loss."""
     return any(label != IGNORED for label in labels[1:])
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Names of a set's columns; none where a stream does not tell."""
+    return list(getattr(dataset, "column_names", None) or ())
 
 
 def _columns(dataset: Any) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
@@ -143,23 +153,70 @@ class ExtraColumns:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate; each extra column comes out in the shape of the labels."""
         batch = self.inner(examples)
-        labels_BT = batch["labels"]
         for name, padding in EXTRAS.items():
             if name in examples[0]:
-                batch[name] = _like(labels_BT, [example[name] for example in examples], padding, name)
+                batch[name] = _beside(batch, examples, name, padding)
         return batch
 
 
-def _like(labels_BT: Tensor, rows: list[Sequence[float]], padding: float, name: str) -> Tensor:
-    if len(labels_BT) != len(rows):
-        # Rows laid one after another.
-        rows = [[value for row in rows for value in row]]
-    out_BT = torch.full(labels_BT.shape, padding, dtype=torch.float32 if isinstance(padding, float) else torch.long)
-    for place, row in enumerate(rows):
-        if len(row) > out_BT.shape[1]:
-            raise UserError(f"column {name} holds {len(row)} values for a row of at most {out_BT.shape[1]} tokens")
-        out_BT[place, : len(row)] = torch.as_tensor(row, dtype=out_BT.dtype)
+def places(batch: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> list[tuple[int, slice]]:
+    """Row and columns of each example's tokens in a batch: padded on either side, or laid one after another.
+
+    Raises:
+        UserError: The collator has made something else of them.
+    """
+    ids_BT, found, first = batch["input_ids"], [], 0
+    for number, example in enumerate(examples):
+        ids = list(example["input_ids"])
+        row, starts = (number, (0, ids_BT.shape[1] - len(ids))) if len(ids_BT) == len(examples) else (0, (first,))
+        first += len(ids)
+        spans = [slice(start, start + len(ids)) for start in starts]
+        span = next((one for one in spans if ids_BT[row, one].tolist() == ids), None)
+        if span is None:
+            raise UserError("data_collator changes the rows' tokens, so nothing can stand beside them; leave it out")
+        found.append((row, span))
+    return found
+
+
+def _beside(batch: Mapping[str, Any], examples: Sequence[Mapping[str, Any]], name: str, padding: float) -> Tensor:
+    dtype = torch.float32 if isinstance(padding, float) else torch.long
+    out_BT = torch.full(batch["labels"].shape, padding, dtype=dtype)
+    for example, (row, span) in zip(examples, places(batch, examples), strict=True):
+        values, count = example[name], len(example["input_ids"])
+        if len(values) != count:
+            raise UserError(f"column {name} holds {len(values)} values for a row of {count} tokens; give one for each")
+        out_BT[row, span] = torch.as_tensor(values, dtype=dtype)
     return out_BT
+
+
+def cut_extras(dataset: Any, limit: int | None, *, keep_end: bool, packed: bool) -> Any:
+    """A set whose extra columns are cut like the ids that they stand beside; TRL cuts ids and labels only.
+
+    Raises:
+        UserError: The rows will be packed, which leaves the reference out.
+    """
+    names = [name for name in EXTRAS if name in column_names(dataset)]
+    if packed and REFERENCE in names:
+        raise UserError(f"packing keeps no column {REFERENCE}; leave out packing, or the column")
+    if not names or limit is None:
+        return dataset
+    kept = within(limit, keep_end=keep_end)
+    return dataset.map(lambda row: {name: row[name][kept] for name in names})
+
+
+def check_groups(batches: Sequence[Tensor], count: int) -> None:
+    """Refuse a group that has no weight.
+
+    Raises:
+        UserError: A number is below 0, or not below the count.
+    """
+    for groups_BT in batches:
+        odd_N = groups_BT[(groups_BT < 0) | (groups_BT >= count)]
+        if len(odd_N):
+            odd = int(odd_N[0])
+            raise UserError(
+                f"column {GROUPS} holds {odd}; there are {count} group_weights, for groups 0 to {count - 1}"
+            )
 
 
 def counted_labels(labels_BT: Tensor, reduction: str) -> Tensor:
@@ -168,3 +225,21 @@ def counted_labels(labels_BT: Tensor, reduction: str) -> Tensor:
         return labels_BT
     first_BT = torch.nn.functional.pad(turn_positions(labels_BT[:, 1:] != IGNORED) == 0, (1, 0))
     return torch.where(first_BT, labels_BT, IGNORED)
+
+
+def reduction_scale(positions_BT: Tensor, reduction: str, *, by_tokens: bool) -> Tensor | None:
+    """Factor of each token that makes a sum over tokens the reduction's; None where it is 1.
+
+    Args:
+        positions_BT: From `turn_positions`.
+        reduction: What is to be averaged.
+        by_tokens: Whether the sum is divided by tokens, and not by what `counted_labels` counts.
+    """
+    if reduction == "token":
+        return None
+    scale_BT = torch.ones_like(positions_BT, dtype=torch.float32)
+    if reduction == "sequence_mean":
+        scale_BT /= turn_lengths(positions_BT).clamp(min=1)
+    if by_tokens:
+        scale_BT *= (positions_BT >= 0).sum() / (positions_BT == 0).sum().clamp(min=1)
+    return scale_BT

@@ -12,15 +12,16 @@ import logging
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from trl import SFTTrainer
 
 from deepalign.batching import is_out_of_memory
-from deepalign.errors import UserError
-from deepalign.losses import turn_lengths, turn_positions
+from deepalign.errors import UserError, first_line
+from deepalign.losses import turn_positions
 from deepalign.training.arguments import ConstrainedSFTConfig
 from deepalign.training.head import add_one_pass_head, has_one_pass_head
-from deepalign.training.objective import IGNORED, HeadOutput, Objective, constraint_sums, weighted
+from deepalign.training.objective import IGNORED, HeadOutput, Means, Objective, constraint_sums, weighted
 from deepalign.training.reference import Reference
 from deepalign.training.rows import (
     EXTRAS,
@@ -28,10 +29,15 @@ from deepalign.training.rows import (
     REFERENCE,
     ExtraColumns,
     RowCounts,
+    check_groups,
+    column_names,
     count_rows,
     counted_labels,
+    cut_extras,
     has_response,
+    reduction_scale,
     tell,
+    within,
 )
 
 logger = logging.getLogger(__name__)
@@ -77,37 +83,12 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self.data_collator = ExtraColumns(self.data_collator)
         self._group_scales: Tensor | None = None
+        self._means = {"train": Means(), "eval": Means()}
         self._one_pass = self._choose_head(args.head)
         self._reference: Reference | None = None
         if args.objective == "constrained":
             self._reference = Reference(self, reference_model)
-            if REFERENCE not in _columns(self.train_dataset):
-                self._read_reference(args)
-
-    def _read_reference(self, args: ConstrainedSFTConfig) -> None:
-        """Read the reference on all rows now, or make ready to read it at each step."""
-        assert self._reference is not None
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        countable = hasattr(self.train_dataset, "__len__")
-        if not countable and (args.reference == "precomputed" or sharded):
-            raise UserError("a stream cannot be read beforehand; use reference='online' on unsharded weights")
-        if args.reference == "online" and sharded:
-            raise UserError("reference='online' needs whole weights on each device; use reference='precomputed'")
-        if not countable or args.reference == "online" or not (args.reference == "precomputed" or self._reads_all()):
-            self._reference.start.hold()
-            return
-        self.train_dataset = self._reference.added_to(self.train_dataset, "train")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._reference.added_to(rows, name) for name, rows in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._reference.added_to(self.eval_dataset, "eval")
-
-    def _reads_all(self) -> bool:
-        """Whether training sees about every row, so that reading the reference beforehand costs no more."""
-        if self.args.max_steps <= 0:
-            return bool(self.args.num_train_epochs >= 1)
-        rows = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return bool(rows * self.args.world_size >= len(self.train_dataset))
+            self._reference.attach()
 
     def plain_log_probs(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Log-probabilities of a batch's labels, [B, T - 1]; 0 where there is no loss."""
@@ -124,18 +105,19 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             raise UserError("sequences split over devices have no response positions; use data or tensor parallelism")
 
     def _choose_head(self, wanted: str) -> bool:
-        inner = self._inner()
-        if wanted == "trl" or (wanted == "auto" and (self.args.device.type == "cuda" or self.aux_loss_enabled)):
+        inner = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if wanted == "trl" or (wanted == "auto" and (self.args.device.type == "cuda" or sharded)):
             return False
-        usable = not self.aux_loss_enabled and has_one_pass_head(inner)
+        # Prompt-learning adapters put tokens before the rows, of which the objective knows nothing.
+        adapters = getattr(self.model, "peft_config", {}).values()
+        beside = self.aux_loss_enabled or any(one.is_prompt_learning for one in adapters)
+        usable = not (beside or sharded) and has_one_pass_head(inner)
         if usable:
             add_one_pass_head(inner)
         elif wanted == "one-pass":
             raise UserError("head='one-pass' does not give this model's own log-probabilities; use head='trl'")
         return usable
-
-    def _inner(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     # --- the loss -----------------------------------------------------------------------------------------------------
 
@@ -192,12 +174,11 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return weighted(output, objective)
 
     def _scales(self, positions_BT: Tensor, groups_BT: Tensor | None) -> Tensor | None:
-        scale_BT = None
-        if self.args.reduction == "sequence_mean":
-            scale_BT = 1.0 / turn_lengths(positions_BT).clamp(min=1)
-        if self.args.group_weights is None or self._group_scales is None or not self.model.training:
+        # In evaluation TRL divides by tokens, whatever the reduction.
+        scale_BT = reduction_scale(positions_BT, self.args.reduction, by_tokens=not self.model.training)
+        if self.args.group_weights is None or not self.model.training:
             return scale_BT
-        if groups_BT is None:
+        if groups_BT is None or self._group_scales is None:
             raise UserError("group_weights are set, but the rows bring no column of groups; add one, or leave them out")
         by_group_BT = self._group_scales.to(groups_BT.device)[groups_BT[:, 1:]]
         return by_group_BT if scale_BT is None else scale_BT * by_group_BT
@@ -209,6 +190,7 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         weights = self.args.group_weights
         if weights is not None and batch_samples and GROUPS in batch_samples[0]:
             scales = []
+            check_groups([batch[GROUPS] for batch in batch_samples], len(weights))
             for group, weight in enumerate(weights):
                 of_group = [
                     {"labels": torch.where(batch[GROUPS] == group, labels, IGNORED)}
@@ -251,11 +233,14 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _log_constraint(self, output: HeadOutput, objective: Objective) -> None:
         pairs = constraint_sums(output, objective, self.args.num_early)
         flat = torch.stack([torch.stack([total.float(), count.float()]) for total, count in pairs.values()])
-        sums = self.accelerator.gather_for_metrics(flat.unsqueeze(0)).sum(dim=0).tolist()
-        mode = "train" if self.model.training else "eval"
-        for name, (total, count) in zip(pairs, sums, strict=True):
-            if count:
-                self._metrics[mode][f"constraint/{name}"].append(total / count)
+        sums = self.accelerator.gather_for_metrics(flat.unsqueeze(0)).double().sum(dim=0).tolist()
+        self._means["train" if self.model.training else "eval"].add(pairs, sums)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's own, and the constraint's figures."""
+        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
+        logs.update({f"{prefix}constraint/{name}": mean for name, mean in self._means[mode].take().items()})
+        super().log(logs, start_time)
 
     # --- the rows -----------------------------------------------------------------------------------------------------
 
@@ -268,21 +253,21 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         try:
             rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         except KeyError as error:
-            columns = ", ".join(_columns(dataset))
+            columns = ", ".join(column_names(dataset))
             raise UserError(f"{dataset_name} data has no column {error} (it has {columns}); rename yours") from error
+        except TemplateError as error:
+            raise UserError(f"the chat template refuses a row of {dataset_name}: {first_line(error)}") from error
+        keep_end = args.truncation_mode == "keep_end" and not packing
         if hasattr(rows, "__len__"):
-            keep_end = args.truncation_mode == "keep_end"
             found = count_rows(rows, args.max_length, keep_end=keep_end, packed=packing, name=dataset_name)
             self.row_counts[dataset_name] = found
             tell(found, args.max_length, dataset_name)
-            if found.num_without_response:
-                rows = rows.filter(lambda row: has_response(row["labels"]))
+            if found.left_out:
+                kept = within(args.max_length, keep_end=keep_end)
+                rows = rows.filter(lambda row: has_response(row["labels"][kept]))
+        rows = cut_extras(rows, args.max_length, keep_end=keep_end, packed=packing)
         return super()._prepare_dataset(rows, processing_class, args, packing, None, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *EXTRAS]))
-
-
-def _columns(dataset: Any) -> list[str]:
-    return list(getattr(dataset, "column_names", None) or ())

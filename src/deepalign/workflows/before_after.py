@@ -67,20 +67,17 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def run_audit(
-    config: TuningSettings, original: str, name: str, folder: Path, when: When, progress: Progress
-) -> dict[str, Any]:
+def run_audit(config: TuningSettings, name: str, folder: Path, when: When, progress: Progress) -> dict[str, Any]:
     """Audit the model of a name; an audit that is done is read, one that was interrupted goes on.
 
     Args:
         config: The settings.
-        original: Name of the model before training.
-        name: The model to audit: the same, or where the trained weights lie.
+        name: The model to audit: the one that was given, or where the trained weights lie.
         folder: The run folder.
         when: Which of the two audits.
         progress: Told of each stage.
     """
-    embedded = original.startswith("testbed:") and original != "testbed:base"
+    embedded = config.model.startswith("testbed:") and config.model != "testbed:base"
     base = config.base or ("testbed:base" if embedded else None)
     settings = AuditConfig(
         model=name,

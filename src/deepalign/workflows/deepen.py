@@ -11,9 +11,10 @@ from deepalign.progress import Progress, silent
 from deepalign.recovery import RecoverySchedule
 from deepalign.runs import RunFolder
 from deepalign.training.mixture import Mixture, MixturePlan, mix
+from deepalign.weights import require_name
 from deepalign.workflows import tuning
 from deepalign.workflows.before_after import TuningResult, check_apart, texts_of
-from deepalign.workflows.ingredients import Ingredients, Wanted, gather, read_wanted
+from deepalign.workflows.ingredients import Ingredients, Wanted, check_room, gather, read_wanted
 
 
 def deepen(config: DeepenConfig, progress: Progress = silent) -> TuningResult:
@@ -27,6 +28,8 @@ def deepen(config: DeepenConfig, progress: Progress = silent) -> TuningResult:
     plan = _plan(config)
     wanted = read_wanted(config)
     check_apart(config, texts_of(wanted.harmful))
+    if _needs_source(config, wanted):
+        require_name(config.answers_from)
     job = tuning.Job(
         command="deepen",
         config=config,
@@ -37,6 +40,7 @@ def deepen(config: DeepenConfig, progress: Progress = silent) -> TuningResult:
             "examples, Qi et al., ICLR 2025)."
         ),
         kept_set=f"own answers to held-out prompts of {config.anchors}",
+        check=lambda loaded: check_room(config, wanted, loaded),
     )
 
     def work(run: RunFolder, loaded: LoadedModel) -> tuning.Work:
@@ -54,6 +58,11 @@ def deepen(config: DeepenConfig, progress: Progress = silent) -> TuningResult:
         )
 
     return tuning.run_job(job, work, progress)
+
+
+def _needs_source(config: DeepenConfig, wanted: Wanted) -> bool:
+    """Whether another model has to give answers."""
+    return config.look_alikes is not None or any(prompt.answer is None for prompt in wanted.harmful)
 
 
 def _sets(config: DeepenConfig) -> dict[str, Any]:
@@ -76,9 +85,8 @@ def _plan(config: DeepenConfig) -> MixturePlan:
 def _ingredients(
     run: RunFolder, config: DeepenConfig, wanted: Wanted, loaded: LoadedModel, progress: Progress
 ) -> Ingredients:
-    needed = config.look_alikes is not None or any(prompt.answer is None for prompt in wanted.harmful)
     source = None
-    if needed:
+    if _needs_source(config, wanted):
         source = load_model(config.answers_from, device=config.device, fallback_template=loaded.template)
     return gather(run, config, wanted, loaded, source, progress)
 

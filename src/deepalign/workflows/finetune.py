@@ -9,9 +9,10 @@ from deepalign.config_tuning import FinetuneConfig
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.runs import RunFolder
-from deepalign.training.data import TrainingData, read_training_data
+from deepalign.training.data import TrainingData, read_training_data, table_of
 from deepalign.workflows import tuning
 from deepalign.workflows.before_after import TuningResult, check_apart
+from deepalign.workflows.trainers import quiet_and_seeded
 
 _HELD_OUT_SHARE = 10
 _IGNORED = -100
@@ -70,14 +71,12 @@ def split_rows(data: TrainingData, num_held_out: int) -> tuple[list[dict[str, An
 
 
 def _trainer(run: RunFolder, config: FinetuneConfig, rows: list[dict[str, Any]], loaded: LoadedModel) -> Any:
-    from datasets import Dataset
-
     at_once = tuning.micro_batch(config.batch, config.micro_batch)
     return tuning.make_trainer(
         run,
         loaded,
         config,
-        Dataset.from_list(rows),
+        table_of(rows, config.data),
         objective=config.objective,
         beta_first=config.beta_first,
         beta_early=config.beta_early,
@@ -99,13 +98,12 @@ def _trainer(run: RunFolder, config: FinetuneConfig, rows: list[dict[str, Any]],
 
 def _tokenised(trainer: Any, rows: list[dict[str, Any]]) -> list[Rendered]:
     """Held-out rows as the trainer would read them, the tokens to learn as response."""
-    from datasets import Dataset
-
     if not rows:
         return []
-    found = trainer._prepare_dataset(
-        Dataset.from_list(rows), trainer.processing_class, trainer.args, False, None, "held-out"
-    )
+    with quiet_and_seeded():
+        found = trainer._prepare_dataset(
+            table_of(rows, "held-out"), trainer.processing_class, trainer.args, False, None, "held-out"
+        )
     return [
         Rendered(ids=tuple(ids), response_mask=tuple(label != _IGNORED for label in labels))
         for ids, labels in zip(found["input_ids"], found["labels"], strict=True)

@@ -88,6 +88,20 @@ def read_wanted(config: DeepenConfig) -> Wanted:
     )
 
 
+def check_room(config: DeepenConfig, wanted: Wanted, model: LoadedModel) -> None:
+    """Render the harmful prompts once, before anything is sampled.
+
+    Raises:
+        UserError: The template refuses them, or none leaves room for a refusal.
+    """
+    shortest = min(len(_rendered(model, prompt, config).ids) for prompt in wanted.harmful)
+    least = shortest + min(len(answer_ids(model.tokenizer, text)) for text in FALLBACK_REFUSALS)
+    if least > config.max_length:
+        raise UserError(
+            f"--max-length {config.max_length} leaves no room: the shortest prompt and refusal take {least} tokens"
+        )
+
+
 def gather(
     run: RunFolder,
     config: DeepenConfig,

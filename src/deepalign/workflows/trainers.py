@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from deepalign.progress import Progress
 from deepalign.runs import RunFolder
 
 CHECKPOINTS, WEIGHTS, HISTORY = "checkpoints", "model", "training.json"
-LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
+LEARNING_RATES = {"lora": 5e-4, "full": 2e-5}
 """Of LoRA: usual for its rank; of full fine-tuning: the paper's."""
 
 
@@ -35,7 +36,6 @@ def make_trainer(run: RunFolder, loaded: LoadedModel, settings: TuningSettings, 
     Raises:
         UserError: The method does not fit the model, or the rows cannot be trained on.
     """
-    _require_training()
     from deepalign.training.arguments import ConstrainedSFTConfig
     from deepalign.training.trainer import ConstrainedSFTTrainer
 
@@ -58,17 +58,18 @@ def make_trainer(run: RunFolder, loaded: LoadedModel, settings: TuningSettings, 
         "disable_tqdm": True,
         **arguments,
     }
-    with _quiet_and_seeded():
+    with quiet_and_seeded():
         args = ConstrainedSFTConfig(**values)
         if not on_cpu:
             # One process uses one device; with several in sight the trainer would want to spread over all.
             args._n_gpu = 1
-        return ConstrainedSFTTrainer(
-            _prepared(loaded, settings), args, train_dataset=rows, processing_class=loaded.tokenizer
-        )
+        tokenizer = copy.deepcopy(loaded.tokenizer)
+        tokenizer.chat_template = loaded.template.text
+        return ConstrainedSFTTrainer(_prepared(loaded, settings), args, train_dataset=rows, processing_class=tokenizer)
 
 
-def _require_training() -> None:
+def require_training() -> None:
+    """Raise `UserError` where the packages for training are missing."""
     import importlib.util
 
     if importlib.util.find_spec("trl") is None:
@@ -122,7 +123,7 @@ def train(trainer: Any, run: RunFolder, progress: Progress) -> list[dict[str, An
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Tell)
-    with _quiet_and_seeded():
+    with quiet_and_seeded():
         trainer.train(resume_from_checkpoint=last_checkpoint(run / CHECKPOINTS))
     history: list[dict[str, Any]] = trainer.state.log_history
     run.write_json(HISTORY, history)
@@ -158,8 +159,9 @@ def save_weights(trainer: Any, loaded: LoadedModel, run: RunFolder, settings: Tu
         model = model.merge_and_unload()
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
-    loaded.tokenizer.chat_template = loaded.template.text
-    loaded.tokenizer.save_pretrained(beside)
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = loaded.template.text
+    tokenizer.save_pretrained(beside)
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
     shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
@@ -172,7 +174,7 @@ def _name_of(loaded: LoadedModel) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_and_seeded() -> Iterator[None]:
+def quiet_and_seeded() -> Iterator[None]:
     """Keep the trainer's own bars and notices off the terminal, and its seeding of global generators to itself."""
     import random
 

@@ -1,7 +1,7 @@
-"""A training command from top to bottom: claim -> audit -> train -> save -> perplexity -> audit -> report and card.
+"""A training command from top to bottom: claim -> train -> save -> perplexity -> two audits -> report and card.
 
 What is common to deepening and fine-tuning; they say what is trained on. Every step that is done is noted in the run
-folder and not done again.
+folder and not done again. Both audits come last, so that a mistake in the data shows at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from deepalign.workflows.before_after import (
     write_comparison,
 )
 from deepalign.workflows.models import model_card
-from deepalign.workflows.trainers import WEIGHTS, make_trainer, micro_batch, save_weights, train
+from deepalign.workflows.trainers import WEIGHTS, make_trainer, micro_batch, require_training, save_weights, train
 
 __all__ = ["Job", "Work", "make_trainer", "micro_batch", "run_job", "told"]
 
@@ -47,8 +47,8 @@ class Job:
     """A training command and what identifies it."""
 
     command: str
-    config: Any
-    """The command's settings; a `TuningSettings` that names a model."""
+    config: TuningSettings
+    """The command's settings."""
     identity: Mapping[str, Any]
     """What else decides the result, such as hashes of the data."""
     facts: Mapping[str, Any]
@@ -56,6 +56,8 @@ class Job:
     """What the trained model is, in a sentence, for its card."""
     kept_set: str
     """What the held-out answers are."""
+    check: Callable[[LoadedModel], None] = lambda loaded: None
+    """Finds what the user may have got wrong and only the loaded model tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,40 +82,40 @@ def run_job(job: Job, work: Callable[[RunFolder, LoadedModel], Work], progress: 
     Raises:
         UserError: Whatever the user can mend; what was finished is kept.
     """
-    config: TuningSettings = job.config
+    config = job.config
+    require_training()
     run = RunFolder(config.output or named_folder(job.config.model, _settings(config), job.command))
     progress("loading model", 0, 1)
     loaded = _load(job.config)
+    job.check(loaded)
     progress("loading model", 1, 1)
     with run.writing():
         identity = _settings(job.config) | dict(job.identity) | {"model_fingerprint": loaded.fingerprint}
         run.claim(identity, {"command": job.command, "model": model_card(loaded), **job.facts})
         logger.info("run folder %s", run.path)
         weights = run / WEIGHTS
-        # One model in memory at a time: the audits bring their own.
+        if "trained" not in run.manifest:
+            _train(run, job, loaded, work(run, loaded), progress)
+        # One model in memory at a time: what follows brings its own.
         del loaded
         _let_go()
+        told_of = _measured(run, job, progress)
         audits = []
         if config.audit:
-            audits.append(run_audit(config, job.config.model, job.config.model, run.path, "before", progress))
-        if "trained" not in run.manifest:
-            _train(run, job, work, progress)
-            _let_go()
-        told_of = _measured(run, job, progress)
-        if config.audit:
-            audits.append(run_audit(config, job.config.model, str(weights), run.path, "after", progress))
+            audits.append(run_audit(config, config.model, run.path, "before", progress))
+            audits.append(run_audit(config, str(weights), run.path, "after", progress))
         shown = write_comparison(run, tuple(audits), told_of) if audits else [{"tuning": told_of}]
         write_card(run, weights, _head(job, run), shown if audits else [])
     return TuningResult(run=run.path, weights=weights, tuning=told_of, audits=tuple(audits), shown=tuple(shown))
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def _settings(config: TuningSettings) -> dict[str, Any]:
     data = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PRESENTATION}
     settings: dict[str, Any] = json.loads(json.dumps(data, default=str))
     return settings
 
 
-def _load(config: Any, weights: str | None = None) -> LoadedModel:
+def _load(config: TuningSettings, weights: str | None = None) -> LoadedModel:
     """The model to train, or what was written of it, in the dtype for training."""
     dtype: Dtype = "float32" if config.dtype == "auto" and config.method == "full" else config.dtype
     return load_model(
@@ -132,10 +134,8 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _train(run: RunFolder, job: Job, work: Callable[[RunFolder, LoadedModel], Work], progress: Progress) -> None:
+def _train(run: RunFolder, job: Job, loaded: LoadedModel, asked: Work, progress: Progress) -> None:
     """Train, write the weights, and note everything that is known without them."""
-    loaded = _load(job.config)
-    asked = work(run, loaded)
     trainer = asked.make_trainer()
     held_out, counts = asked.held_out(trainer), asked.counts(trainer)
     before = list(answer_losses(loaded.model, held_out))
