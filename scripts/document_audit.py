@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/testbed.md", "docs/paper-map.md", "docs/speed.md", "docs/onset.md")
+DOCUMENTS = ("README.md", "docs/testbed.md", "docs/paper-map.md", "docs/speed.md", "docs/onset.md", "docs/training.md")
 BLOCK = re.compile(r"(<!-- figure ([a-z-]+)(?: of (\S+))? -->).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -133,6 +133,46 @@ def benchmark(measured: dict[str, Any]) -> str:
     )
 
 
+def benchmark_sides(measured: dict[str, Any]) -> str:
+    """Every side of a comparison of several, as rows of a table."""
+    lines = [""]
+    for side, seconds in measured["seconds"].items():
+        memory = statistics.median(measured["peak_bytes_over_start"][side]) / 2**20
+        ratios = measured["ratios"].get(side, {"time": 1.0, "memory": 1.0})
+        lines.append(
+            f"| `{measured['name']}` {side} | {statistics.median(seconds):.1f} s | {ratios['time']:.2f} | "
+            f"{memory:.0f} MiB | {ratios['memory']:.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def tuned(measured: dict[str, Any]) -> str:
+    """ASR, over-refusal, KL and perplexity before and after a training run, as a table."""
+    before, after = measured["before"], measured["after"]
+    depths = [row["k"] for row in before["prefill"]]
+    sets = [row["set"] for row in before["over_refusal"]]
+    head = [*(f"k = {k}" for k in depths), *(f"refused {name}" for name in sets)]
+    lines = ["", "", f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for when, metrics in (("before", before), ("after", after)):
+        rates = [row["asr"] for row in metrics["prefill"]] + [
+            row["refusals"]["rate"] for row in metrics["over_refusal"]
+        ]
+        lines.append(f"| {when} | {' | '.join(percent(value) for value in rates)} |")
+    kept = measured["tuning"]["perplexity"]
+    spread = "-".join(f"{value:.3f}" for value in kept["ci95"])
+    means = {when: [row["mean"] for row in measured[when]["kl"]] for when in ("before", "after")}
+    later = {when: statistics.mean(values[5:40]) for when, values in means.items()}
+    lines += [
+        "",
+        f"ASR on {before['num_prompts']} prompts, judge `{before['judge']}`; "
+        f"mean KL to the base at positions 5-39: {later['before']:.3f} before, {later['after']:.3f} nats after; "
+        f"perplexity of {kept['num_answers']} {kept['set']}: {kept['before']:.2f} before, {kept['after']:.2f} after, "
+        f"ratio {kept['ratio']:.3f} ({spread}); {measured['tuning']['steps']} steps in "
+        f"{measured['tuning']['seconds']:.0f} s, {measured['environment']['hardware']}.",
+    ]
+    return "\n".join([*lines, "", ""])
+
+
 def study(measured: dict[str, Any]) -> str:
     """The onset study's agreement with what was generated, as a table."""
     lines = [
@@ -200,6 +240,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "decoding": decoding,
     "onset": onset,
     "benchmark": benchmark,
+    "benchmark-sides": benchmark_sides,
+    "tuned": tuned,
     "study": study,
     "study-cells": study_cells,
     "study-cost": study_cost,

@@ -240,7 +240,7 @@ class FinetuneConfig(TuningSettings):
     """Put several rows into one, without padding."""
 
     assistant_only_loss: bool = False
-    """In rows of messages, learn the assistant's turns only."""
+    """In rows of messages, learn every answer, not the last alone; the chat template must mark them."""
 
     adam_beta1: float = 0.5
     """Momentum of the optimizer; low, as in the paper, so that the constraint acts at once."""

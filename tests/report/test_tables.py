@@ -12,7 +12,15 @@ import pytest
 from rich.console import Console
 
 from deepalign.report.reading import PROBES, Share, labels, visible
-from deepalign.report.tables import Table, audit_tables, comparison_tables, render_terminal, to_csv, to_markdown
+from deepalign.report.tables import (
+    Table,
+    audit_tables,
+    comparison_tables,
+    render_comparison,
+    render_terminal,
+    to_csv,
+    to_markdown,
+)
 
 Metrics = dict[str, Any]
 SECTIONS = ["models", "run_card", "unscored", "skipped", "failed", *PROBES]
@@ -122,3 +130,29 @@ def test_the_room_imports_neither_torch_nor_matplotlib() -> None:
         "sys.exit(bool({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+TUNING = {"command": "deepen", "perplexity": {"set": "[b]own[/b] answers", "ratio": 1.0123, "ci95": [0.99, 1.03]}}
+
+
+def test_what_was_trained_stands_beside_what_it_did(metrics: Metrics, deep: Metrics) -> None:
+    found = {table.title: table for table in comparison_tables([metrics, {**deep, "tuning": TUNING}])}
+    facts = dict(found["What was trained, and what was kept"].rows)
+    assert facts["perplexity: ratio"] == "1.0123"
+    assert facts["perplexity: ci95"] == "0.99, 1.03"
+    assert "What was trained, and what was kept" not in {table.title for table in comparison_tables([metrics, deep])}
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_the_terminal_shows_a_comparison_whole(metrics: Metrics, deep: Metrics, width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    render_comparison([{**metrics, "model": "before"}, {**deep, "model": "after", "tuning": TUNING}], console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1.0123" in shown
+    assert "[b]own[/b]" in shown
+    assert "rows; the report page has all" not in shown
+
+
+def test_training_alone_can_be_shown() -> None:
+    (found,) = comparison_tables([{"tuning": TUNING}])
+    assert found.title == "What was trained, and what was kept"

@@ -34,9 +34,22 @@ def write(path: Path, rows: list[Any]) -> str:
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize("kind", GOOD)
 def test_every_format_of_trl(kind: str, suffix: str, tmp_path: Path) -> None:
-    found = read_training_data(write(tmp_path / f"rows{suffix}", [GOOD[kind]] * 3))
+    path = write(tmp_path / f"rows{suffix}", [GOOD[kind]] * 3)
+    found = read_training_data(path, whole_conversations=True)
     assert list(found.rows) == [GOOD[kind]] * 3
     assert found.user_texts() == (() if kind in ("text", "ids") else ("Hello?",) * 3)
+
+
+@pytest.mark.parametrize("kind", ["messages", "sharegpt", "pair"])
+def test_a_conversation_becomes_a_prompt_and_its_last_answer(kind: str, tmp_path: Path) -> None:
+    (row,) = read_training_data(write(tmp_path / "rows.jsonl", [{**GOOD[kind], "tools": None}])).rows
+    assert row == {"prompt": [USER], "completion": [ASSISTANT], "tools": None}
+
+
+def test_several_turns_are_prompt_but_for_the_last(tmp_path: Path) -> None:
+    turns = [USER, ASSISTANT, USER, {"role": "assistant", "content": "Still here."}]
+    (row,) = read_training_data(write(tmp_path / "rows.jsonl", [{"messages": turns}])).rows
+    assert (row["prompt"], row["completion"]) == (turns[:3], turns[3:])
 
 
 def test_csv_and_parquet_with_named_columns(tmp_path: Path) -> None:
@@ -58,6 +71,8 @@ def test_csv_and_parquet_with_named_columns(tmp_path: Path) -> None:
         ({"prompt": "Hello?", "completion": " "}, "completion is empty"),
         ({"prompt": [USER], "completion": [{"role": "assistant", "content": ""}]}, "answer is empty"),
         ({"messages": [USER]}, "no answer of an assistant among the roles user"),
+        ({"messages": [USER, ASSISTANT, USER]}, "the last of the roles user, assistant, user"),
+        ({"messages": [ASSISTANT]}, "the last of the roles assistant"),
         ({"messages": []}, "no list with at least one turn"),
         ({"messages": "Hello?"}, "no list with at least one turn"),
         ({"messages": [{"content": "Hello?"}, ASSISTANT]}, "no role"),
@@ -138,7 +153,7 @@ def test_a_hub_set_is_read_by_split_and_revision(monkeypatch: pytest.MonkeyPatch
 
 def test_mixed_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mixes rows of different formats"):
-        read_training_data(write(tmp_path / "rows.jsonl", [GOOD["text"], GOOD["messages"]]))
+        read_training_data(write(tmp_path / "rows.jsonl", [GOOD["text"], GOOD["pair"]]))
 
 
 def test_the_hash_is_the_contents(tmp_path: Path) -> None:

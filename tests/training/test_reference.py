@@ -313,3 +313,15 @@ def test_rows_that_come_after_training_need_a_start_that_was_kept(train: Any, ma
     assert abs(early["eval_constraint/log_ratio"]) > 1e-3
     adapted = train(rows, reference="precomputed", peft_config=lora(), **settings).trainer.evaluate(others)
     assert abs(adapted["eval_constraint/log_ratio"]) > 1e-4
+
+
+def test_a_checkpoint_of_another_start_is_refused(make_trainer: Any, make_rows: Any, tiny_llama: Any) -> None:
+    """As when the checkpoint itself, or a later model, is given as the model to go on with."""
+    rows, saving = make_rows(4), {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(rows, **saving).train()
+    same = make_trainer(rows, **{**saving, "max_steps": 2})
+    same.train(resume_from_checkpoint=True)
+    assert same.state.global_step == 2
+    other = make_trainer(rows, model=tiny_llama(seed=5), **saving)
+    with pytest.raises(UserError, match=r"checkpoint-\d was trained against reference [0-9a-f]{16}, and this model"):
+        other.train(resume_from_checkpoint=True)

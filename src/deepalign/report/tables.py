@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 _TERMINAL_ROWS = 12
+_COMPARED_ROWS = 30
 _SOME_DEPTHS = {0, 1, 2, 5, 10, 20, 40, 80, 160, 320}
 _ROOMY = 110
 """Console width from which all columns fit."""
@@ -169,7 +170,7 @@ def render_comparison(list_of_metrics: Sequence[Metrics], console: Console) -> N
     from rich.padding import Padding
 
     for table in comparison_tables(list_of_metrics):
-        console.print(Padding(_terminal_table(table, console.width), (0, 0, 1, 0)))
+        console.print(Padding(_terminal_table(table, console.width, most=_COMPARED_ROWS), (0, 0, 1, 0)))
 
 
 def _spread(table: Table) -> Table:
@@ -181,14 +182,14 @@ def _spread(table: Table) -> Table:
     return replace(table, rows=tuple(some))
 
 
-def _terminal_table(table: Table, width: int) -> RichTable:
+def _terminal_table(table: Table, width: int, most: int = _TERMINAL_ROWS) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
     kept = [i for i, column in enumerate(table.columns) if width >= _ROOMY or column not in _SPARED]
     words = [table.note]
-    if len(table.rows) > _TERMINAL_ROWS:
-        words.append(f"The first {_TERMINAL_ROWS} of {len(table.rows)} rows; the report page has all.")
+    if len(table.rows) > most:
+        words.append(f"The first {most} of {len(table.rows)} rows; the report page has all.")
     shown = RichTable(
         title=Text(table.title, style="bold"),
         caption=Text(" ".join(words).strip(), style="dim"),
@@ -201,7 +202,7 @@ def _terminal_table(table: Table, width: int) -> RichTable:
     for index in kept:
         numeric = _numeric(table, index)
         shown.add_column(Text(table.columns[index]), justify="right" if numeric else "left", overflow="fold")
-    for row in table.rows[:_TERMINAL_ROWS]:
+    for row in table.rows[:most]:
         shown.add_row(*(Text(visible(show(row[index]))) for index in kept))
     return shown
 

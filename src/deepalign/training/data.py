@@ -48,6 +48,7 @@ def read_training_data(
     split: str = "train",
     revision: str | None = None,
     columns: tuple[str, str] | None = None,
+    whole_conversations: bool = False,
     skip_bad_rows: bool = False,
     limit: int | None = None,
 ) -> TrainingData:
@@ -58,6 +59,7 @@ def read_training_data(
         split: Of a hub set.
         revision: Of a hub set.
         columns: Columns with the user's and the assistant's text, which become a conversation.
+        whole_conversations: Keep rows of messages as they are, instead of as a prompt and its last answer.
         skip_bad_rows: Leave bad rows out, and name them, instead of refusing the set.
         limit: Only the first so many.
 
@@ -70,7 +72,8 @@ def read_training_data(
         if limit is not None and len(rows) >= limit:
             break
         try:
-            rows.append(_checked(row if columns is None else _chat(row, columns)))
+            good = _checked(row if columns is None else _chat(row, columns))
+            rows.append(good if whole_conversations else as_pair(good))
         except ValueError as error:
             if not skip_bad_rows:
                 raise UserError(f"{name}, {place}: {error}; or go on without such rows with --skip-bad-rows") from None
@@ -95,6 +98,32 @@ def table_of(rows: Sequence[Row], name: str) -> Any:
         return Dataset.from_list(list(rows))
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: a column holds values of different kinds ({first_line(error)})") from error
+
+
+def as_pair(row: Row) -> dict[str, Any]:
+    """A conversation as the prompt and the completion that its last answer is; other rows as they are.
+
+    A conversation that is learned whole has its prompt's tokens in the loss, and no response position to count from.
+
+    Raises:
+        ValueError: The last turn is not the assistant's, or nothing stands before it.
+    """
+    name = next((name for name in ("messages", "conversations") if name in row), None)
+    if name is None:
+        return dict(row)
+    turns = [_turn(turn) for turn in row[name]]
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise ValueError(f"the last of the roles {', '.join(turn['role'] for turn in turns)} is not an assistant's answer")
+    rest = {column: value for column, value in row.items() if column != name}
+    return {**rest, "prompt": turns[:-1], "completion": turns[-1:]}
+
+
+def _turn(turn: Row) -> dict[str, Any]:
+    """A turn with role and content, from either way of writing them."""
+    if "role" in turn:
+        return dict(turn)
+    names = {"human": "user", "gpt": "assistant"}
+    return {"role": names.get(turn["from"], turn["from"]), "content": turn.get("value")}
 
 
 def _read(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:

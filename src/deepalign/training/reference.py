@@ -26,6 +26,8 @@ from deepalign.training.start import StartingPoint
 
 logger = logging.getLogger(__name__)
 
+_MARK = "reference.txt"
+
 
 def check_reference(model: Any, reference: Any) -> None:
     """Refuse a reference model whose log-probabilities are of other tokens.
@@ -89,6 +91,25 @@ class Reference:
             trainer.eval_dataset = {name: self.added_to(rows, name) for name, rows in named}
         elif trainer.eval_dataset is not None:
             trainer.eval_dataset = self.added_to(trainer.eval_dataset, "eval")
+
+    def mark_checkpoint(self, folder: Path) -> None:
+        """Note in a checkpoint which reference it was trained against."""
+        if folder.is_dir():
+            (folder / _MARK).write_text(self.start.fingerprint + "\n", encoding="utf-8")
+
+    def check_checkpoint(self, folder: Path) -> None:
+        """Refuse a checkpoint that was trained against another reference; one without a note is taken.
+
+        Raises:
+            UserError: It was.
+        """
+        with contextlib.suppress(OSError):
+            known = (folder / _MARK).read_text(encoding="utf-8").strip()
+            if known != self.start.fingerprint:
+                raise UserError(
+                    f"{folder} was trained against reference {known}, and this model starts as "
+                    f"{self.start.fingerprint}; make the trainer with the model that the run began with"
+                )
 
     def _reads_all(self) -> bool:
         """Whether training sees about every row, so that reading the reference beforehand costs no more."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from deepalign.batching import is_out_of_memory
@@ -77,8 +79,14 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             raise UserError(f"args are {type(args).__name__}; give a ConstrainedSFTConfig")
         self.row_counts: dict[str, RowCounts] = {}
         """What each data set is made of, by its name."""
+        self._learns_prompts = False
         super().__init__(model, args, **kwargs)
         self._refuse_parallelism()
+        if args.objective == "constrained" and self._learns_prompts:
+            logger.warning(
+                "rows of messages are learned whole, prompts too, so response positions count from a row's first token; "
+                "use columns prompt and completion, or assistant_only_loss=True"
+            )
         # TRL's loss never is the model's own, so tokens are counted over all accumulation steps for any model.
         self.model_accepts_loss_kwargs = True
         self.data_collator = ExtraColumns(self.data_collator)
@@ -242,12 +250,29 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         logs.update({f"{prefix}constraint/{name}": mean for name, mean in self._means[mode].take().items()})
         super().log(logs, start_time)
 
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `SFTTrainer.train`; refuses a checkpoint that was trained against another reference."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint and self._reference is not None:
+            self._reference.check_checkpoint(Path(checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._reference is not None and self.is_world_process_zero():
+            self._reference.mark_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
     # --- the rows -----------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         """TRL's own, in two steps, so that what the limit cuts off is counted and told before it is gone."""
+        self._learns_prompts |= "messages" in column_names(dataset) and not args.assistant_only_loss
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         try:

@@ -104,8 +104,9 @@ def write_comparison(
 ) -> list[dict[str, Any]]:
     """Write the report of both audits and of the training; returns the metrics that it shows."""
     before, after = audits
-    shown = [{**before, "model": f"{before['model']} before"}, {**after, "model": "after", "tuning": dict(tuning)}]
-    run.write_text("report.html", render_page(shown, []))
+    shown = [{**before, "model": "before"}, {**after, "model": "after", "tuning": dict(tuning)}]
+    title = f"{before['model']} before and after {tuning['command']}"
+    run.write_text("report.html", render_page(shown, [], title=title))
     figures(run / "figures", shown)
     return shown
 
@@ -129,6 +130,9 @@ def write_card(run: RunFolder, weights: Path, head: Mapping[str, Any], shown: li
         lines += ["Prompts were refused or not by a rule-based judge, which does not read content. " + _CAVEAT, ""]
     else:
         lines += ["Not audited: nothing is known of its alignment.", ""]
+    lines += ["## Use", "", "```sh", f"deepalign audit {weights}", "```", ""]
+    if (weights / "adapter_config.json").exists():
+        lines += ["An adapter for the model named above: `peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)`.", ""]
     lines += ["## Settings", "", "| setting | value |", "| --- | --- |"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in settings.items()]
     lines += [f"| commit | {_cell(manifest['environment']['commit'])} |", ""]

@@ -34,6 +34,7 @@ def finetune(config: FinetuneConfig, progress: Progress = silent) -> TuningResul
         split=config.split,
         revision=config.data_revision,
         columns=columns,
+        whole_conversations=config.assistant_only_loss,
         skip_bad_rows=config.skip_bad_rows,
         limit=config.limit,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ from deepalign.runs import RunFolder
 CHECKPOINTS, WEIGHTS, HISTORY = "checkpoints", "model", "training.json"
 LEARNING_RATES = {"lora": 5e-4, "full": 2e-5}
 """Of LoRA: usual for its rank; of full fine-tuning: the paper's."""
+_LINES = 10
+"""Lines about the loss in one run."""
+
+logger = logging.getLogger(__name__)
 
 
 def make_trainer(run: RunFolder, loaded: LoadedModel, settings: TuningSettings, rows: Any, **arguments: Any) -> Any:
@@ -112,13 +117,17 @@ def train(trainer: Any, run: RunFolder, progress: Progress) -> list[dict[str, An
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Tell(TrainerCallback):  # type: ignore[misc]
-        """Tells the steps."""
+        """Tells the steps, and now and then the loss."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("training", state.global_step, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("training", state.global_step, state.max_steps)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs and state.global_step % max(1, state.max_steps // _LINES) == 0:
+                logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -150,9 +150,9 @@ def _train(run: RunFolder, job: Job, loaded: LoadedModel, asked: Work, progress:
             "command": job.command,
             "steps": trainer.state.global_step,
             "seconds": round(time.monotonic() - started, 1),
-            "loss_first": losses[0] if losses else None,
-            "loss_last": losses[-1] if losses else None,
-            "counts": dict(counts),
+            "loss_first": round(losses[0], 4) if losses else None,
+            "loss_last": round(losses[-1], 4) if losses else None,
+            "counts": {name: count for name, count in counts.items() if count},
             "nats_before": [one.nats for one in before],
         }
     )
@@ -186,8 +186,8 @@ def _measured(run: RunFolder, job: Job, progress: Progress) -> dict[str, Any]:
             for nats, one in zip(noted["nats_before"], after, strict=True)
         ]
         change = perplexity_change(before, after)
-    found = {name: value for name, value in noted.items() if name != "nats_before"}
-    found["perplexity"] = perplexity_block(change, job.kept_set)
+    found = {"command": noted["command"], "perplexity": perplexity_block(change, job.kept_set)}
+    found |= {name: value for name, value in noted.items() if name not in ("command", "nats_before")}
     run.write_json(TUNING, found)
     return found
 
