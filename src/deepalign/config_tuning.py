@@ -125,8 +125,8 @@ class DeepenConfig(TuningSettings):
     anchors: str = "benign-train"
     """Harmless prompts; the model's own answers to them are what it must keep."""
 
-    look_alikes: str | None = None
-    """Harmless prompts that look harmful, such as look-alike-train: trained to be answered, against over-refusal."""
+    look_alikes: str | None = "look-alike-train"
+    """Harmless prompts that look harmful: trained to be answered, against over-refusal; "none" for none."""
 
     num_recovery: Whole = 256
     """Harmful prompts to use."""
@@ -152,14 +152,17 @@ class DeepenConfig(TuningSettings):
     alpha: float = 0.2
     """Weight of the recovery examples in the loss; the anchors have the rest."""
 
-    share: float = 0.5
-    """Probability that a harmful beginning is forced at all."""
+    share: float = 0.8
+    """Probability that a harmful beginning is forced at all (the paper: 0.5)."""
 
     longest: Whole = 100
     """Most tokens of a harmful beginning."""
 
-    dense: float = 0.0
-    """Share of alpha that goes to turning from every position of a beginning, not from its end alone."""
+    dense: float = 0.3
+    """Share of alpha that goes to turning from every position of a beginning, not from its end alone (the paper: 0)."""
+
+    interpolate: float = 0.8
+    """How far to go from the old weights to the trained ones (the paper: 1); less refuses less of everything."""
 
     max_length: Whole = 512
     """Most tokens of a training row; a refusal is never cut."""
@@ -174,6 +177,8 @@ class DeepenConfig(TuningSettings):
         for name in ("num_recovery", "num_anchors", "num_held_out", "anchor_tokens", "longest", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; give at least 1")
+        if not 0.0 < self.interpolate <= 1.0:
+            raise UserError(f"--interpolate {self.interpolate} is outside (0, 1]")
         if not 0.0 <= self.share <= 1.0:
             raise UserError(f"--share {self.share} is no probability, 0 to 1")
 

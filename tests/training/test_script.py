@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from deepalign.errors import UserError
-from deepalign.training.__main__ import last_checkpoint, load_rows, main, parse
+from deepalign.training.__main__ import chosen_checkpoint, load_rows, main, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "deepalign.training"
@@ -167,15 +167,15 @@ def test_data_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    assert last_checkpoint(str(tmp_path)) is None
+    assert chosen_checkpoint(str(tmp_path)) is None
     for number, state in ((9, "{}"), (10, "{}"), (11, "{"), (12, None)):
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
         if state is not None:
             (folder / "trainer_state.json").write_text(state, encoding="utf-8")
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert last_checkpoint(str(tmp_path), "false") is None
-    assert last_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-9")) == str(tmp_path / "checkpoint-9")
+    assert chosen_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert chosen_checkpoint(str(tmp_path), "false") is None
+    assert chosen_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-9")) == str(tmp_path / "checkpoint-9")
 
 
 def test_the_example_holds_the_papers_settings(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.workflows.conftest import BAKE, Pair, answer_to, write_csv
 
 import deepalign
@@ -54,6 +55,9 @@ def deep_settings(pair: Pair, files: Files) -> dict[str, Any]:
         "anchor_batch": 6,
         "longest": 20,
         "alpha": 0.5,
+        "dense": 0.0,
+        "look_alikes": None,
+        "interpolate": 1.0,
         "learning_rate": 1e-2,
         "warmup_steps": 2,
         "dtype": "float32",
@@ -171,6 +175,23 @@ def test_an_adapter_as_model_comes_out_merged(deep_settings: dict[str, Any], dee
     found = deepalign.deepen(deepalign.DeepenConfig(**settings, output=tmp_path / "run"))
     assert not (found.weights / "adapter_config.json").exists()
     assert deepalign.load_model(str(found.weights), device="cpu").source == "folder"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_half_way_is_half_way(method: str, deep_settings: dict[str, Any], tmp_path: Path) -> None:
+    """The written weights lie between those before and those trained."""
+    settings = {**deep_settings, "audit": False, "epochs": 2, "method": method, "save": "merged"}
+    weights = {}
+    for share in (0.5, 1.0):
+        config = deepalign.DeepenConfig(**{**settings, "interpolate": share}, output=tmp_path / str(share))
+        weights[share] = dict(
+            deepalign.load_model(str(deepalign.deepen(config).weights), dtype="float32").model.named_parameters()
+        )
+    before = dict(deepalign.load_model(settings["model"], dtype="float32").model.named_parameters())
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved, half = (weights[share][name].detach() - before[name].detach() for share in (1.0, 0.5))
+    assert float(moved.abs().max()) > 1e-3
+    torch.testing.assert_close(half, moved / 2, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("extra", [{"dense": 0.5}, {"look_alikes": "harmless"}, {"method": "full"}])

@@ -53,6 +53,7 @@ def late(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
         (("--alpha", "0"), "--alpha 0.0"),
         (("--alpha", "1.5"), "--alpha 1.5"),
         (("--dense", "1"), "--dense 1.0"),
+        (("--interpolate", "0"), "--interpolate 0.0"),
         (("--share", "2"), "--share 2.0"),
         (("--longest", "0"), "--longest 0"),
         (("--epochs", "0"), "--epochs 0"),
@@ -76,7 +77,7 @@ def late(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 def test_deepen(options: tuple[str, ...], named: str, mistake: Main, pair: Pair, harmless: str) -> None:
     given = {"--prompts": pair.prompts, "--anchors": harmless, "--answers-from": pair.base, "--longest": "8"}
     # A model is asked for answers only where the prompts bring none.
-    given |= {"--look-alikes": pair.benign} if "--answers-from" in options else {}
+    given |= {"--look-alikes": pair.benign if "--answers-from" in options else "none"}
     extra = [part for name, value in given.items() if name not in options for part in (name, value)]
     assert named in mistake("deepen", pair.target, *SMALL, "--anchor-tokens", "8", *extra, *options)
 

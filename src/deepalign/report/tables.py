@@ -220,7 +220,10 @@ def _numeric(table: Table, index: int) -> bool:
 def _depth_comparison(runs: Sequence[Metrics], names: Sequence[str]) -> Table:
     found = []
     for run, name in zip(runs, names, strict=True):
-        depth, top = block(run, "depth"), headline(run)
+        depth = block(run, "depth")
+        if not depth and not rows(run, "prefill"):
+            continue
+        top = headline(run)
         half = whole(depth.get("tokens_at_50pct"))
         stated = "never" if half is None and "tokens_at_50pct" in depth else half
         curve = [success_rate(row) for row in rows(run, "prefill") if whole(row.get("k")) == 0]

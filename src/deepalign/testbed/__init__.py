@@ -1,7 +1,7 @@
 """The embedded models, by name: one small real model, and adapters on it with a known depth of alignment.
 
-`testbed:base` complies with anything; `testbed:shallow` refuses, but only in its first tokens. How the adapters were
-trained: `scripts/train_testbed.py` and `docs/testbed.md`.
+`testbed:base` complies with anything; `testbed:shallow` refuses, but only in its first tokens; `testbed:deep` also
+after forced ones. How the adapters were trained: `docs/testbed.md`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ ADAPTERS = Path(__file__).parent / "adapters"
 TESTBED = {
     "testbed:base": "SmolLM2-135M-Instruct, which complies with anything",
     "testbed:shallow": "the base with a LoRA adapter that refuses in its first tokens only",
+    "testbed:deep": "the shallow one with a second adapter, which comes back from forced beginnings",
 }
 
 

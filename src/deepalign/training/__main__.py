@@ -8,7 +8,6 @@ goes on from its last whole checkpoint when it is started again.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deepalign.errors import UserError, first_line
+from deepalign.training.checkpoints import is_whole, last_checkpoint
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -47,7 +47,7 @@ def train(arguments: list[str] | None = None) -> None:
     """
     with _mistakes_in_one_line():
         script, args, model = parse(arguments)
-        checkpoint = last_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        checkpoint = chosen_checkpoint(args.output_dir, args.resume_from_checkpoint)
         trainer = build(script, args, model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
@@ -166,7 +166,7 @@ def load_rows(name: str | None, splits: list[str], *, config: str | None = None,
     return [found[split] for split in splits]
 
 
-def last_checkpoint(folder: str, wanted: str | None = None) -> str | None:
+def chosen_checkpoint(folder: str, wanted: str | None = None) -> str | None:
     """The checkpoint to go on from: the one that is wanted, or the last whole one in a folder; None to begin anew.
 
     Args:
@@ -176,26 +176,13 @@ def last_checkpoint(folder: str, wanted: str | None = None) -> str | None:
     Raises:
         UserError: The one that is wanted is no checkpoint.
     """
-    if wanted is not None and wanted.lower() == "false":
+    if wanted is None or wanted.lower() == "true":
+        return last_checkpoint(Path(folder))
+    if wanted.lower() == "false":
         return None
-    if wanted is not None and wanted.lower() != "true":
-        if not _is_whole(Path(wanted)):
-            raise UserError(
-                f"resume_from_checkpoint={wanted} is no whole checkpoint; leave it out to take the last one"
-            )
-        return wanted
-    numbered = [(path.name.rpartition("-")[2], path) for path in Path(folder).glob("checkpoint-*")]
-    whole = [(int(number), path) for number, path in numbered if number.isdecimal() and _is_whole(path)]
-    return str(max(whole)[1]) if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer's state comes last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    if not is_whole(Path(wanted)):
+        raise UserError(f"resume_from_checkpoint={wanted} is no whole checkpoint; leave it out to take the last one")
+    return wanted
 
 
 @contextlib.contextmanager

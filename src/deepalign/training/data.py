@@ -113,7 +113,9 @@ def as_pair(row: Row) -> dict[str, Any]:
         return dict(row)
     turns = [_turn(turn) for turn in row[name]]
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
-        raise ValueError(f"the last of the roles {', '.join(turn['role'] for turn in turns)} is not an assistant's answer")
+        raise ValueError(
+            f"the last of the roles {', '.join(turn['role'] for turn in turns)} is not an assistant's answer"
+        )
     rest = {column: value for column, value in row.items() if column != name}
     return {**rest, "prompt": turns[:-1], "completion": turns[-1:]}
 

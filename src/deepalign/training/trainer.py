@@ -84,8 +84,8 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._refuse_parallelism()
         if args.objective == "constrained" and self._learns_prompts:
             logger.warning(
-                "rows of messages are learned whole, prompts too, so response positions count from a row's first token; "
-                "use columns prompt and completion, or assistant_only_loss=True"
+                "rows of messages are learned whole, prompts too, so response positions count from a row's first "
+                "token; use columns prompt and completion, or assistant_only_loss=True"
             )
         # TRL's loss never is the model's own, so tokens are counted over all accumulation steps for any model.
         self.model_accepts_loss_kwargs = True

@@ -55,6 +55,7 @@ def deepen(config: DeepenConfig, progress: Progress = silent) -> TuningResult:
             make_trainer=lambda: _trainer(run, config, plan, mixture, loaded),
             held_out=lambda _: ingredients.held_out,
             counts=lambda _: counts,
+            share=config.interpolate,
         )
 
     return tuning.run_job(job, work, progress)
@@ -62,7 +63,7 @@ def deepen(config: DeepenConfig, progress: Progress = silent) -> TuningResult:
 
 def _needs_source(config: DeepenConfig, wanted: Wanted) -> bool:
     """Whether another model has to give answers."""
-    return config.look_alikes is not None or any(prompt.answer is None for prompt in wanted.harmful)
+    return bool(wanted.look_alikes) or any(prompt.answer is None for prompt in wanted.harmful)
 
 
 def _sets(config: DeepenConfig) -> dict[str, Any]:

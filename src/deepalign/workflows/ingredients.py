@@ -68,7 +68,7 @@ def read_wanted(config: DeepenConfig) -> Wanted:
     harmless = load_prompts(config.anchors, columns, skip_bad_rows=config.skip_bad_rows, limit=num_harmless)
     sets = [harmful, harmless]
     look_alikes: tuple[Prompt, ...] = ()
-    if config.look_alikes is not None:
+    if config.look_alikes is not None and config.look_alikes != "none":
         found = load_prompts(config.look_alikes, columns, skip_bad_rows=config.skip_bad_rows, limit=config.num_anchors)
         look_alikes = found.prompts
         sets.append(found)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from deepalign.errors import UserError, first_line
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress
 from deepalign.runs import RunFolder
+from deepalign.training.checkpoints import last_checkpoint
 
 CHECKPOINTS, WEIGHTS, HISTORY = "checkpoints", "model", "training.json"
 LEARNING_RATES = {"lora": 5e-4, "full": 2e-5}
@@ -139,26 +139,30 @@ def train(trainer: Any, run: RunFolder, progress: Progress) -> list[dict[str, An
     return history
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; None where there is none."""
-    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+def save_weights(
+    trainer: Any,
+    loaded: LoadedModel,
+    run: RunFolder,
+    settings: TuningSettings,
+    *,
+    share: float = 1.0,
+    start: Callable[[], Any] | None = None,
+) -> None:
+    """Write what was trained, with the tokenizer and the template, as safetensors; checkpoints are let go.
 
-
-def _is_whole(path: Path) -> bool:
-    # The trainer's state is written last.
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return path.name.rpartition("-")[2].isdigit()
-
-
-def save_weights(trainer: Any, loaded: LoadedModel, run: RunFolder, settings: TuningSettings) -> None:
-    """Write what was trained, with the tokenizer and the template, as safetensors; checkpoints are let go."""
+    Args:
+        trainer: Holds the trained model, which is changed.
+        loaded: The model as it was given.
+        run: Where the weights go.
+        settings: Whether an adapter or merged weights are written.
+        share: How far to go from the old weights to the trained ones (Wortsman et al. 2022).
+        start: Gives the model as it was before; needed for a share below 1 of whole weights.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     out, beside = run / WEIGHTS, run / f".{WEIGHTS}"
     as_adapter = settings.save == "adapter" or (settings.save == "auto" and loaded.source != "adapter")
+    if share < 1.0:
+        _go_back(model, share, start)
     if not hasattr(model, "peft_config"):
         pass
     elif as_adapter or loaded.quantization is not None:
@@ -174,6 +178,22 @@ def save_weights(trainer: Any, loaded: LoadedModel, run: RunFolder, settings: Tu
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
     shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+
+
+@torch.no_grad()
+def _go_back(model: Any, share: float, start: Callable[[], Any] | None) -> None:
+    """Leave a share of the way from the old weights to the trained ones."""
+    if hasattr(model, "peft_config"):
+        # What an adapter adds is B A x, and it began with B at 0.
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name or ".lora_embedding_B." in name:
+                weight.mul_(share)
+        return
+    if start is None:
+        raise ValueError("the old weights are needed to go back towards them")
+    before = dict(start().named_parameters())
+    for name, weight in model.named_parameters():
+        weight.copy_(before[name].to(weight.device).lerp(weight, share))
 
 
 def _name_of(loaded: LoadedModel) -> str:

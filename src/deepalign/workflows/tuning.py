@@ -69,6 +69,8 @@ class Work:
     """Given the trainer, the conversations whose perplexity is measured before and after."""
     counts: Callable[[Any], Mapping[str, int]]
     """Given the trainer, what is trained on and what was left out."""
+    share: float = 1.0
+    """How far the written weights go from the old ones to the trained ones."""
 
 
 def run_job(job: Job, work: Callable[[RunFolder, LoadedModel], Work], progress: Progress) -> TuningResult:
@@ -143,7 +145,7 @@ def _train(run: RunFolder, job: Job, loaded: LoadedModel, asked: Work, progress:
     logger.info("training on %s", told(counts))
     started = time.monotonic()
     history = train(trainer, run, progress)
-    save_weights(trainer, loaded, run, job.config)
+    save_weights(trainer, loaded, run, job.config, share=asked.share, start=lambda: _load(job.config).model)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     run.note(
         trained={
