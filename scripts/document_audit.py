@@ -30,7 +30,7 @@ def main() -> None:
 
     def fill(found: re.Match[str]) -> str:
         source = ROOT / "measurements" / found[3] if found[3] else target
-        if source is None:
+        if source is None or not source.exists():
             return found[0]
         measured = json.loads(source.read_text(encoding="utf-8"))
         text = summary(measured, source.relative_to(ROOT)) if found[2] == "summary" else FIGURES[found[2]](measured)
@@ -134,8 +134,8 @@ def benchmark(measured: dict[str, Any]) -> str:
 
 
 def benchmark_sides(measured: dict[str, Any]) -> str:
-    """Every side of a comparison of several, as rows of a table."""
-    lines = [""]
+    """Every side of a comparison of several, as a table."""
+    lines = ["", "", "| step | seconds | of TRL's | peak memory | of TRL's |", "|---|---|---|---|---|"]
     for side, seconds in measured["seconds"].items():
         memory = statistics.median(measured["peak_bytes_over_start"][side]) / 2**20
         ratios = measured["ratios"].get(side, {"time": 1.0, "memory": 1.0})
@@ -143,7 +143,7 @@ def benchmark_sides(measured: dict[str, Any]) -> str:
             f"| `{measured['name']}` {side} | {statistics.median(seconds):.1f} s | {ratios['time']:.2f} | "
             f"{memory:.0f} MiB | {ratios['memory']:.2f} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", ""])
 
 
 def tuned(measured: dict[str, Any]) -> str:
@@ -170,6 +170,24 @@ def tuned(measured: dict[str, Any]) -> str:
         f"ratio {kept['ratio']:.3f} ({spread}); {measured['tuning']['steps']} steps in "
         f"{measured['tuning']['seconds']:.0f} s, {measured['environment']['hardware']}.",
     ]
+    return "\n".join([*lines, "", ""])
+
+
+def tuned_line(measured: dict[str, Any]) -> str:
+    """ASR before and after a training run, in one line."""
+    return f"{prefill(measured['before'])}, then {prefill(measured['after'])}"
+
+
+def finetuned(measured: dict[str, Any]) -> str:
+    """What four ways of fine-tuning left of the alignment, as a table."""
+    depths = [row["k"] for row in measured["rows"][0]["asr"]]
+    lines = ["", "", f"| data | way | {' | '.join(f'k = {k}' for k in depths)} | perplexity of held-out rows |"]
+    lines.append("|---" * (len(depths) + 3) + "|")
+    for row in measured["rows"]:
+        kept = row.get("perplexity")
+        shown = f"{kept['before']:.2f} → {kept['after']:.2f}" if kept and kept["num_answers"] else ""
+        rates = " | ".join(percent(one["asr"]) for one in row["asr"])
+        lines.append(f"| {row['data'] or ''} | {row['way']} | {rates} | {shown} |")
     return "\n".join([*lines, "", ""])
 
 
@@ -242,6 +260,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "benchmark": benchmark,
     "benchmark-sides": benchmark_sides,
     "tuned": tuned,
+    "tuned-line": tuned_line,
+    "finetuned": finetuned,
     "study": study,
     "study-cells": study_cells,
     "study-cost": study_cost,

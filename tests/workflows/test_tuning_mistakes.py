@@ -109,6 +109,11 @@ def test_finetune(options: tuple[str, ...], named: str, mistake: Main, pair: Pai
     assert named in mistake("finetune", pair.target, *SMALL, *given, *options)
 
 
+def test_a_base_that_cannot_be_is_found_before_training(mistake: Main, pair: Pair, rows: str) -> None:
+    line = mistake("finetune", pair.target, "--data", rows, "--base", "./no-base", "--device", "cpu")
+    assert "no model at ./no-base" in line
+
+
 def test_finetune_needs_data(mistake: Main, pair: Pair) -> None:
     assert "--data" in mistake("finetune", pair.target)
 

@@ -1,4 +1,4 @@
-"""Deepening, from top to bottom: load -> audit -> sample -> mix -> train -> save -> perplexity -> audit -> report."""
+"""Deepening, from top to bottom: load -> sample -> mix -> train -> save -> perplexity -> audits -> report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protected fine-tuning, from top to bottom: rows -> audit -> train under the constraint -> audit -> report."""
+"""Protected fine-tuning: rows -> train under the constraint -> save -> perplexity -> audits -> report and card."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def save_weights(
     share: float = 1.0,
     start: Callable[[], Any] | None = None,
 ) -> None:
-    """Write what was trained, with the tokenizer and the template, as safetensors; checkpoints are let go.
+    """Write what was trained, with the tokenizer and the template, as safetensors.
 
     Args:
         trainer: Holds the trained model, which is changed.
@@ -177,7 +177,6 @@ def save_weights(
     tokenizer.save_pretrained(beside)
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
-    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
 
 
 @torch.no_grad()

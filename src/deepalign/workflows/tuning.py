@@ -10,6 +10,8 @@ import dataclasses
 import gc
 import json
 import logging
+import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from deepalign.models import Dtype, LoadedModel, load_model
 from deepalign.perplexity import AnswerLoss, answer_losses, perplexity_change
 from deepalign.progress import Progress
 from deepalign.runs import RunFolder, named_folder
+from deepalign.weights import require_name
 from deepalign.workflows.before_after import (
     TuningResult,
     perplexity_block,
@@ -31,7 +34,15 @@ from deepalign.workflows.before_after import (
     write_comparison,
 )
 from deepalign.workflows.models import model_card
-from deepalign.workflows.trainers import WEIGHTS, make_trainer, micro_batch, require_training, save_weights, train
+from deepalign.workflows.trainers import (
+    CHECKPOINTS,
+    WEIGHTS,
+    make_trainer,
+    micro_batch,
+    require_training,
+    save_weights,
+    train,
+)
 
 __all__ = ["Job", "Work", "make_trainer", "micro_batch", "run_job", "told"]
 
@@ -86,6 +97,8 @@ def run_job(job: Job, work: Callable[[RunFolder, LoadedModel], Work], progress: 
     """
     config = job.config
     require_training()
+    if config.audit and config.base is not None:
+        require_name(config.base)
     run = RunFolder(config.output or named_folder(job.config.model, _settings(config), job.command))
     progress("loading model", 0, 1)
     loaded = _load(job.config)
@@ -155,9 +168,12 @@ def _train(run: RunFolder, job: Job, loaded: LoadedModel, asked: Work, progress:
             "loss_first": round(losses[0], 4) if losses else None,
             "loss_last": round(losses[-1], 4) if losses else None,
             "counts": {name: count for name, count in counts.items() if count},
-            "nats_before": [one.nats for one in before],
+            # What memory did not hold has no number.
+            "nats_before": [one.nats if math.isfinite(one.nats) else None for one in before],
         }
     )
+    # Only now are they not needed any more.
+    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +200,7 @@ def _measured(run: RunFolder, job: Job, progress: Progress) -> dict[str, Any]:
             after.append(one)
             progress("perplexity", len(after), len(items))
         before = [
-            AnswerLoss(nats=nats, num_tokens=one.num_tokens)
+            AnswerLoss(nats=math.nan if nats is None else nats, num_tokens=one.num_tokens)
             for nats, one in zip(noted["nats_before"], after, strict=True)
         ]
         change = perplexity_change(before, after)
