@@ -191,6 +191,14 @@ def finetuned(measured: dict[str, Any]) -> str:
     return "\n".join([*lines, "", ""])
 
 
+def finetuned_line(measured: dict[str, Any]) -> str:
+    """ASR with nothing forced, after four ways of fine-tuning on the last data set, in one line."""
+    rows = [row for row in measured["rows"] if row["data"] == measured["rows"][-1]["data"]]
+    ways = ", ".join(f"{row['way']} {percent(row['asr'][0]['asr'])}" for row in rows)
+    before = measured["rows"][0]["asr"][0]["asr"]
+    return f"ASR with nothing forced after {rows[0]['data']}: {ways} (before {percent(before)})"
+
+
 def study(measured: dict[str, Any]) -> str:
     """The onset study's agreement with what was generated, as a table."""
     lines = [
@@ -262,6 +270,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tuned": tuned,
     "tuned-line": tuned_line,
     "finetuned": finetuned,
+    "finetuned-line": finetuned_line,
     "study": study,
     "study-cells": study_cells,
     "study-cost": study_cost,
