@@ -87,18 +87,20 @@ def slices(vocab_size: int, slice_size: int = VOCABULARY_SLICE) -> Iterator[tupl
 
 def chosen_probabilities(source: LogitSource, vocab_size: int, entries: Sequence[int]) -> Tensor:
     """Probabilities of chosen vocabulary entries, normalised over all: [N, K] in float64 on the CPU."""
-    columns = torch.tensor(list(entries), dtype=torch.long)
+    return chosen_log_probabilities(source, vocab_size, torch.tensor([list(entries)], dtype=torch.long)).exp()
+
+
+def chosen_log_probabilities(source: LogitSource, vocab_size: int, entries: Tensor) -> Tensor:
+    """Log-probabilities of vocabulary entries [N, K], or [1, K] for all rows alike: [N, K] in float64 on the CPU."""
     norms, found = [], []
     for first, last in slices(vocab_size):
         logits_NC = source(first, last)
         norms.append(logits_NC.logsumexp(dim=-1))
-        inside = (columns >= first) & (columns < last)
-        found.append((inside, logits_NC[:, (columns[inside] - first).to(logits_NC.device)].double().cpu()))
-    norm_N = torch.stack(norms).logsumexp(dim=0).double().cpu()
-    chosen_NK = torch.empty(len(norm_N), len(columns), dtype=torch.float64)
-    for inside, logits in found:
-        chosen_NK[:, inside] = logits
-    return (chosen_NK - norm_N.unsqueeze(-1)).exp()
+        places_NK = (entries - first).expand(len(logits_NC), -1)
+        inside_NK = (places_NK >= 0) & (places_NK < last - first)
+        chosen_NK = logits_NC.gather(1, places_NK.clamp(0, last - first - 1).to(logits_NC.device)).double().cpu()
+        found.append(torch.where(inside_NK, chosen_NK, 0.0))
+    return torch.stack(found).sum(dim=0) - torch.stack(norms).logsumexp(dim=0).double().cpu().unsqueeze(-1)
 
 
 def _head_source(model: Any, head: Head, inputs: Inputs, picks: Picks) -> LogitSource:
@@ -111,6 +113,13 @@ def _full_source(model: Any, inputs: Inputs, picks: Picks) -> LogitSource:
     logits_BTV = model(**inputs, use_cache="past_key_values" in inputs).logits
     logits_NV = torch.cat([logits_BTV[row, pick] for row, pick in enumerate(picks)])
     return lambda first, last: logits_NV[:, first:last].float()
+
+
+def vocabulary_size(model: Any) -> int:
+    """Width of the model's output, in tokens."""
+    layer = model.get_output_embeddings()
+    # Weights of few bits may be packed, in another shape.
+    return int(getattr(layer, "out_features", None) or layer.weight.shape[0])
 
 
 def output_head(model: Any) -> Head | None:

@@ -15,6 +15,7 @@ import torch
 from deepalign.chat import NO_TEMPLATE_REMEDY, ChatTemplate, resolve_template
 from deepalign.errors import UserError
 from deepalign.hardware import pick_device, pick_dtype
+from deepalign.heads import vocabulary_size
 from deepalign.weights import Layout, Quantize, load_parts
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -49,9 +50,7 @@ class LoadedModel:
     @property
     def vocab_size(self) -> int:
         """Width of the model's output, in tokens."""
-        layer = self.model.get_output_embeddings()
-        # Weights of few bits may be packed, in another shape.
-        return int(getattr(layer, "out_features", None) or layer.weight.shape[0])
+        return vocabulary_size(self.model)
 
     @property
     def num_parameters(self) -> int:

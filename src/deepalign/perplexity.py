@@ -16,7 +16,7 @@ import torch
 from deepalign.batching import in_halves
 from deepalign.chat import Rendered
 from deepalign.generation import evaluation_mode
-from deepalign.heads import LogitSource, logit_reader, padded, slices
+from deepalign.heads import chosen_log_probabilities, logit_reader, padded, vocabulary_size
 
 _BOOTSTRAP_DRAWS = 2000
 
@@ -105,23 +105,10 @@ def _losses(model: Any, read: Any, items: Sequence[Rendered]) -> list[AnswerLoss
     before = [torch.tensor(places, dtype=torch.long, device=device) - 1 for places in picked]
     source = read(padded(model, [item.ids for item in items]), before)
     labels = [item.ids[place] for item, places in zip(items, picked, strict=True) for place in places]
-    nats_N = _nats(source, model.get_output_embeddings().weight.shape[0], labels)
+    wanted_N1 = torch.tensor(labels, dtype=torch.long).unsqueeze(1)
+    nats_N = -chosen_log_probabilities(source, vocabulary_size(model), wanted_N1).squeeze(1)
     ends = [sum(counts[: place + 1]) for place in range(len(counts))]
     return [
         AnswerLoss(nats=float(nats_N[end - count : end].sum()), num_tokens=count)
         for end, count in zip(ends, counts, strict=True)
     ]
-
-
-def _nats(source: LogitSource, vocab_size: int, labels: Sequence[int]) -> torch.Tensor:
-    """-log p of one vocabulary entry for each position, [N] in float64 on the CPU."""
-    wanted_N = torch.tensor(list(labels), dtype=torch.long)
-    norms, chosen_N = [], torch.zeros(len(wanted_N), dtype=torch.float64)
-    for first, last in slices(vocab_size):
-        logits_NC = source(first, last)
-        norms.append(logits_NC.logsumexp(dim=-1))
-        inside_N = (wanted_N >= first) & (wanted_N < last)
-        rows = inside_N.nonzero().squeeze(1).to(logits_NC.device)
-        columns = (wanted_N[inside_N] - first).to(logits_NC.device)
-        chosen_N[inside_N] = logits_NC[rows, columns].double().cpu()
-    return torch.stack(norms).logsumexp(dim=0).double().cpu() - chosen_N

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from deepalign.generation import evaluation_mode
 from deepalign.heads import Head, output_head
 from deepalign.training.objective import IGNORED, HeadOutput, Objective, Weigh
 
@@ -46,13 +47,8 @@ class _OnePass(torch.autograd.Function):
         grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         grad_VH = torch.zeros_like(weight_VH, dtype=kept) if wants_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=kept) if bias_V is not None and wants_bias else None
-        desk = _Desk(len(hidden_NH), len(weight_VH), hidden_NH, kept)
-        for rows in _slices(len(hidden_NH), len(weight_VH)):
-            share_CV, bend_CV, logps_C = _read(
-                desk, hidden_NH[rows], weight_VH, bias_V, labels_N[rows], head, out_5N[:, rows]
-            )
-            out_5N[2, rows], factor_C = weigh(logps_C, rows)
-            out_5N[0, rows] = factor_C * logps_C
+        passes = _weighed(hidden_NH, weight_VH, bias_V, labels_N, head, weigh, out_5N)
+        for rows, share_CV, bend_CV, factor_C in passes:
             slope_CV = _slope(share_CV, bend_CV, labels_N[rows], factor_C, head)
             own_CV = slope_CV.to(hidden_NH.dtype)
             if grad_NH is not None:
@@ -91,6 +87,26 @@ def _slices(count: int, vocab_size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, count))
 
 
+def _weighed(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    head: Head,
+    weigh: Weigh,
+    out_5N: Tensor,
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
+    """Fill in all results, a slice at a time; yields what its gradient needs: rows, probabilities, slope, factors."""
+    desk = _Desk(len(hidden_NH), len(weight_VH), hidden_NH, out_5N.dtype)
+    for rows in _slices(len(hidden_NH), len(weight_VH)):
+        share_CV, bend_CV, logps_C = _read(
+            desk, hidden_NH[rows], weight_VH, bias_V, labels_N[rows], head, out_5N[:, rows]
+        )
+        out_5N[2, rows], factor_C = weigh(logps_C, rows)
+        out_5N[0, rows] = factor_C * logps_C
+        yield rows, share_CV, bend_CV, factor_C
+
+
 class _Desk:
     """Room for one slice's logits and probabilities, used again for the next: fresh memory costs more than the sums."""
 
@@ -99,13 +115,12 @@ class _Desk:
         self.logits_CV = torch.empty(size, dtype=kept, device=hidden_NH.device)
         self.share_CV = torch.empty_like(self.logits_CV)
         # The head's output has the model's own dtype; autocast would choose it by itself.
-        same = hidden_NH.dtype == kept and not torch.is_autocast_enabled(hidden_NH.device.type)
-        self._raw_CV = self.logits_CV if same else None
+        self._as_kept = hidden_NH.dtype == kept and not torch.is_autocast_enabled(hidden_NH.device.type)
 
     def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
         """The head's raw output, [C, V], in the dtype that sums are kept in."""
         out_CV = self.logits_CV[: len(hidden_CH)]
-        if self._raw_CV is None or weight_VH.dtype != hidden_CH.dtype:
+        if not self._as_kept or weight_VH.dtype != hidden_CH.dtype:
             bias = None if bias_V is None else bias_V.to(hidden_CH.dtype)
             return out_CV.copy_(linear(hidden_CH, weight_VH.to(hidden_CH.dtype), bias))
         if bias_V is None:
@@ -192,14 +207,10 @@ def has_one_pass_head(model: Any) -> bool:
     if head is None or model.base_model is model or type(head.weight_VH) not in (Tensor, torch.nn.Parameter):
         return False
     ids_1T = torch.arange(1, 1 + _PROBE_TOKENS, device=torch.device(model.device)).unsqueeze(0) % len(head.weight_VH)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         own = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
         hidden_BTH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[:, :-1]
         mine_1T = _score_responses(head, hidden_BTH, ids_1T[:, 1:], Objective()).logps
-    finally:
-        model.train(training)
     chosen = own.gather(1, ids_1T[0, 1:, None]).squeeze(1)
     tolerance = _PARITY_TOLERANCE if hidden_BTH.dtype == torch.float32 else 0.05
     return mine_1T is not None and bool(((mine_1T[0] - chosen).abs() <= tolerance * chosen.abs().clamp(min=1.0)).all())
@@ -217,13 +228,8 @@ def _score_responses(head: Head, hidden_BTH: Tensor, labels_BT: Tensor, objectiv
         )
     else:
         out_5N = torch.empty((5, len(hidden_NH)), dtype=kept, device=hidden_NH.device)
-        desk = _Desk(len(hidden_NH), len(head.weight_VH), hidden_NH, kept)
-        for rows in _slices(len(hidden_NH), len(head.weight_VH)):
-            _, _, logps_C = _read(
-                desk, hidden_NH[rows], head.weight_VH, head.bias_V, labels_N[rows], head, out_5N[:, rows]
-            )
-            out_5N[2, rows], factor_C = weigh(logps_C, rows)
-            out_5N[0, rows] = factor_C * logps_C
+        for _ in _weighed(hidden_NH, head.weight_VH, head.bias_V, labels_N, head, weigh, out_5N):
+            pass
         found = out_5N.unbind()
     # Scattering keeps the graph whole where a batch has no response token at all.
     weighted, logps, weights, entropy, top = (

@@ -20,6 +20,7 @@ from torch import Tensor
 from deepalign.batching import is_out_of_memory
 from deepalign.errors import UserError
 from deepalign.generation import evaluation_mode
+from deepalign.heads import vocabulary_size
 from deepalign.training.objective import IGNORED
 from deepalign.training.rows import REFERENCE, column_names, places
 from deepalign.training.start import StartingPoint
@@ -35,7 +36,7 @@ def check_reference(model: Any, reference: Any) -> None:
     Raises:
         UserError: The vocabularies differ.
     """
-    mine, its = (int(one.get_output_embeddings().weight.shape[0]) for one in (model, reference))
+    mine, its = vocabulary_size(model), vocabulary_size(reference)
     if mine != its:
         raise UserError(
             f"the reference model has {its} output tokens and the tuned one {mine}; give the model that it started from"
@@ -202,10 +203,11 @@ class Reference:
         size = args.per_device_eval_batch_size
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         found: list[tuple[int, list[float]]] = []
-        keep = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
+        columns = ("input_ids", "labels", "seq_lengths")
+        kept_only = dataset.select_columns([column for column in columns if column in dataset.column_names])
         with self._on_device():
             for part in parts[args.process_index :: args.world_size]:
-                examples = [{column: dataset[number][column] for column in keep} for number in part]
+                examples = [kept_only[number] for number in part]
                 batch = self._trainer.data_collator(examples)
                 where = places(batch, examples)
                 inputs = self._trainer._prepare_inputs(batch)

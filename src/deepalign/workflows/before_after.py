@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from deepalign.errors import UserError
 from deepalign.perplexity import PerplexityChange
 from deepalign.progress import Progress
 from deepalign.prompts.sources import load_prompts
-from deepalign.records import Prompt
 from deepalign.report.page import render_page
 from deepalign.report.tables import comparison_tables, to_markdown
 from deepalign.runs import RunFolder
@@ -111,19 +111,20 @@ def write_comparison(
     return shown
 
 
-def write_card(run: RunFolder, weights: Path, head: Mapping[str, Any], shown: list[dict[str, Any]]) -> None:
+def write_card(run: RunFolder, weights: Path, head: Mapping[str, Any], about: str, shown: list[dict[str, Any]]) -> None:
     """Write the page of the trained model: what it is, what was measured, with which settings, and what that is not.
 
     Args:
         run: Its manifest has the settings and versions.
         weights: Where the page goes.
-        head: The page's front matter; "base_model" and "kind" are named in its text.
+        head: The page's front matter.
+        about: What the model is, in a sentence.
         shown: Metrics of both audits; empty without them.
     """
     manifest = run.manifest
     settings = {**manifest["config"], **manifest["environment"]["versions"]}
-    lines = ["---", *(f"{name}: {_yaml(value)}" for name, value in head.items() if name != "kind"), "---", ""]
-    lines += [f"# {run.path.resolve().name}", "", head["kind"], ""]
+    lines = ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items()), "---", ""]
+    lines += [f"# {run.path.resolve().name}", "", about, ""]
     if shown:
         tables = comparison_tables(shown)
         lines += ["## Measured before and after", "", to_markdown(tables)]
@@ -142,12 +143,6 @@ def write_card(run: RunFolder, weights: Path, head: Mapping[str, Any], shown: li
 _CAVEAT = "A low rate on these prompts says nothing of other attacks, and nothing of fine-tuning the model again."
 
 
-def _yaml(value: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
@@ -161,8 +156,3 @@ def perplexity_block(change: PerplexityChange | None, what: str) -> dict[str, An
     if change.ci95 is not None:
         rounded["ci95"] = [round(value, 4) for value in change.ci95]
     return {"set": what, **rounded}
-
-
-def texts_of(*sets: tuple[Prompt, ...]) -> tuple[str, ...]:
-    """The texts of all prompts."""
-    return tuple(prompt.text for prompts in sets for prompt in prompts)

@@ -13,7 +13,7 @@ from deepalign.runs import RunFolder
 from deepalign.training.mixture import Mixture, MixturePlan, mix
 from deepalign.weights import require_name
 from deepalign.workflows import tuning
-from deepalign.workflows.before_after import TuningResult, check_apart, texts_of
+from deepalign.workflows.before_after import TuningResult, check_apart
 from deepalign.workflows.ingredients import Ingredients, Wanted, check_room, gather, read_wanted
 
 
@@ -27,7 +27,7 @@ def deepen(config: DeepenConfig, progress: Progress = silent) -> TuningResult:
     """
     plan = _plan(config)
     wanted = read_wanted(config)
-    check_apart(config, texts_of(wanted.harmful))
+    check_apart(config, tuple(prompt.text for prompt in wanted.harmful))
     if _needs_source(config, wanted):
         require_name(config.answers_from)
     job = tuning.Job(

@@ -10,12 +10,12 @@ from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.runs import RunFolder
 from deepalign.training.data import TrainingData, read_training_data, table_of
+from deepalign.training.objective import IGNORED
 from deepalign.workflows import tuning
 from deepalign.workflows.before_after import TuningResult, check_apart
 from deepalign.workflows.trainers import quiet_and_seeded
 
 _HELD_OUT_SHARE = 10
-_IGNORED = -100
 
 
 def finetune(config: FinetuneConfig, progress: Progress = silent) -> TuningResult:
@@ -106,7 +106,7 @@ def _tokenised(trainer: Any, rows: list[dict[str, Any]]) -> list[Rendered]:
             table_of(rows, "held-out"), trainer.processing_class, trainer.args, False, None, "held-out"
         )
     return [
-        Rendered(ids=tuple(ids), response_mask=tuple(label != _IGNORED for label in labels))
+        Rendered(ids=tuple(ids), response_mask=tuple(label != IGNORED for label in labels))
         for ids, labels in zip(found["input_ids"], found["labels"], strict=True)
     ]
 

@@ -14,7 +14,7 @@ from deepalign.errors import UserError
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress
 from deepalign.prompts.sources import Columns, load_prompts
-from deepalign.records import Prompt, Sampling
+from deepalign.records import Prompt, Sampling, Site
 from deepalign.runs import RunFolder
 from deepalign.training.mixture import Anchor, RecoverySource
 from deepalign.workflows.answers import SampledAnswer, fill_answers, sample_answers
@@ -131,11 +131,11 @@ def gather(
             seed=config.seed,
             progress=progress,
         )
-    refusals = _refusals(run, config, harmful, model, progress)
+    answered = [prompt for prompt in harmful if prompt.answer]
+    refusals = _refusals(run, config, answered, model, progress)
     own = _own_answers(run, config, (*wanted.harmless, *wanted.held_out), model, progress)
     foreign = _look_alike_answers(run, config, wanted.look_alikes, model, source, progress)
     end = turn_end_ids(model.tokenizer, model.template)
-    answered = [prompt for prompt in harmful if prompt.answer]
     sources = tuple(
         RecoverySource(
             prompt=_rendered(model, prompt, config),
@@ -191,7 +191,7 @@ def _refusals(
     made = sample_answers(
         run,
         REFUSALS_FILE,
-        [prompt for prompt in prompts if prompt.answer],
+        prompts,
         model,
         good=lambda answer: answer.refused,
         sampling=Sampling(max_new_tokens=REFUSAL_TOKENS),
@@ -220,25 +220,40 @@ def whole_sentences(model: LoadedModel, answer: SampledAnswer) -> tuple[int, ...
     return ()
 
 
-def _own_answers(
-    run: RunFolder, config: DeepenConfig, prompts: Sequence[Prompt], model: LoadedModel, progress: Progress
-) -> dict[str, SampledAnswer]:
-    """The model's own answers to harmless prompts: what it must not lose."""
+def _complying(
+    run: RunFolder,
+    config: DeepenConfig,
+    file: str,
+    prompts: Sequence[Prompt],
+    source: LoadedModel,
+    stage: str,
+    site: Site,
+    progress: Progress,
+) -> list[SampledAnswer]:
+    """A model's answers to harmless prompts, refusals left out."""
     made = sample_answers(
         run,
-        ANCHORS_FILE,
+        file,
         prompts,
-        model,
+        source,
         good=lambda answer: answer.complied,
         sampling=Sampling(max_new_tokens=config.anchor_tokens),
         system_prompt=config.system_prompt,
         seed=config.seed,
-        site=config.site,
+        site=site,
         rounds=2,
-        stage="sampling anchors",
+        stage=stage,
         progress=progress,
     )
-    return {answer.prompt_id: answer for answer in made if answer.complied and answer.token_ids}
+    return [answer for answer in made if answer.complied]
+
+
+def _own_answers(
+    run: RunFolder, config: DeepenConfig, prompts: Sequence[Prompt], model: LoadedModel, progress: Progress
+) -> dict[str, SampledAnswer]:
+    """The model's own answers to harmless prompts: what it must not lose."""
+    made = _complying(run, config, ANCHORS_FILE, prompts, model, "sampling anchors", config.site, progress)
+    return {answer.prompt_id: answer for answer in made if answer.token_ids}
 
 
 def _look_alike_answers(
@@ -252,21 +267,9 @@ def _look_alike_answers(
     """Another model's answers to harmless prompts that look harmful, in this model's ids."""
     if not prompts or source is None:
         return {}
-    made = sample_answers(
-        run,
-        LOOK_ALIKES_FILE,
-        prompts,
-        source,
-        good=lambda answer: answer.complied,
-        sampling=Sampling(max_new_tokens=config.anchor_tokens),
-        system_prompt=config.system_prompt,
-        seed=config.seed,
-        rounds=2,
-        stage="sampling look-alikes",
-        progress=progress,
-    )
+    made = _complying(run, config, LOOK_ALIKES_FILE, prompts, source, "sampling look-alikes", "raw", progress)
     return {
         answer.prompt_id: replace(answer, token_ids=answer_ids(model.tokenizer, answer.text))
         for answer in made
-        if answer.complied and answer.text.strip()
+        if answer.text.strip()
     }

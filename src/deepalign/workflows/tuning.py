@@ -120,7 +120,7 @@ def run_job(job: Job, work: Callable[[RunFolder, LoadedModel], Work], progress: 
             audits.append(run_audit(config, config.model, run.path, "before", progress))
             audits.append(run_audit(config, str(weights), run.path, "after", progress))
         shown = write_comparison(run, tuple(audits), told_of) if audits else [{"tuning": told_of}]
-        write_card(run, weights, _head(job, run), shown if audits else [])
+        write_card(run, weights, _head(job, run), job.about, shown if audits else [])
     return TuningResult(run=run.path, weights=weights, tuning=told_of, audits=tuple(audits), shown=tuple(shown))
 
 
@@ -216,7 +216,6 @@ def _head(job: Job, run: RunFolder) -> dict[str, Any]:
         "base_model": job.config.model,
         "library_name": "peft" if adapter else "transformers",
         "tags": ["deepalign", job.command],
-        "kind": job.about,
     }
 
 
