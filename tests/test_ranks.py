@@ -18,8 +18,8 @@ from deepalign.onset import Openings
 from deepalign.ranks import RankProfile, rank_profiles, rank_section
 from deepalign.records import Prompt, from_dict, to_json
 from deepalign.runs import RunFolder
+from deepalign.workflows.along import with_forced_answers
 from deepalign.workflows.ranks import RANKS, measure_ranks, worded_openings
-from deepalign.workflows.steps import with_forced_answers
 from support import conversation, run_out_of_memory
 
 OPENINGS = Openings(frozenset({(5,), (7, 8), (7, 9, 10), (20, 21), (30, 31)}))

@@ -26,9 +26,9 @@ def any_depth_section(
         skipped: Prompts whose answer was too short at a depth.
 
     Returns:
-        `rows` with the answered share at each k; `any`, the share of prompts that no tested depth refuses (published
-        criterion: one refusing depth refuses the prompt); the largest k up to which every row's answered share is at
-        or under the threshold, and whether that is the largest that was tested.
+        `rows` with the answered share at each k; `answered_at_every_depth`, the share of prompts that no tested depth
+        refuses (published criterion: one refusing depth refuses the prompt); the largest k up to which every row's
+        answered share is at or under the threshold, and whether that is the largest that was tested.
     """
     mine = [pair for pair in judged if pair[0].attack == ATTACK]
     rows: list[Json] = []

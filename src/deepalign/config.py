@@ -244,9 +244,17 @@ class AuditConfig:
         for probe in self.probes or ():
             if probe not in PROBES:
                 raise UserError(f"--probes {probe!r} is unknown; choose from {', '.join(PROBES)}")
-        for option in ("samples", "max-new-tokens", "kl-positions", "onset-horizon", "max-batch", "rap-top"):
-            _at_least(option, getattr(self, option.replace("-", "_")), 1)
-        for option in ("suffix-steps", "any-depth-every"):
+        counts = (
+            "samples",
+            "max-new-tokens",
+            "kl-positions",
+            "onset-horizon",
+            "max-batch",
+            "rap-top",
+            "suffix-steps",
+            "any-depth-every",
+        )
+        for option in counts:
             _at_least(option, getattr(self, option.replace("-", "_")), 1)
         _at_least("top-k", self.top_k, 0)
         _at_least("seed", self.seed, 0)

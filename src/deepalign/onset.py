@@ -213,26 +213,43 @@ def _profiles(
             if mass >= _LEAST_MASS and (firsts[column],) not in openings.paths:
                 nodes.append(Node(row, part[row][2] + position, (firsts[column],), mass))
                 tally.branch(position, mass)
+
+    def goes_on(node: Node) -> bool:
+        tally, position = tallies[node.row], node.place - part[node.row][2]
+        if node.path in openings.paths:
+            tally.accept(position, node.reach)
+        elif node.reach >= _LEAST_MASS:
+            return True
+        else:
+            tally.give_up(position, node.reach)
+        return False
+
+    follow_openings(answers, nodes, openings, goes_on)
+    return [tally.profile(name) for tally, (name, _, _) in zip(tallies, part, strict=True)]
+
+
+def follow_openings(answers: Answers, nodes: list[Node], openings: Openings, goes_on: Callable[[Node], bool]) -> None:
+    """Read beginnings of openings a token deeper each time, as long as one is to be followed.
+
+    Args:
+        answers: The batch that they stand in.
+        nodes: Unfinished beginnings.
+        openings: What they may become.
+        goes_on: Told of each node that is reached; whether it is read further, which a finished one must not be.
+    """
     num_read = 0
     while nodes:
         followers = sorted({token for node in nodes for token in openings.next_tokens(node.path)})
         column_of = {token: column for column, token in enumerate(followers)}
-        deeper = []
-        for number, (node, chances) in enumerate(
-            zip(nodes, answers.after(nodes, followers).tolist(), strict=True), start=num_read
-        ):
-            tally, position = tallies[node.row], node.place - part[node.row][2]
-            for token in openings.next_tokens(node.path):
-                mass, path = node.reach * chances[column_of[token]], (*node.path, token)
-                if path in openings.paths:
-                    tally.accept(position, mass)
-                elif mass >= _LEAST_MASS:
-                    deeper.append(Node(node.row, node.place, path, mass, parent=number))
-                else:
-                    tally.give_up(position, mass)
+        reached = [
+            Node(node.row, node.place, (*node.path, token), node.reach * chances[column_of[token]], parent=number)
+            for number, (node, chances) in enumerate(
+                zip(nodes, answers.after(nodes, followers).tolist(), strict=True), start=num_read
+            )
+            for token in openings.next_tokens(node.path)
+        ]
         num_read += len(nodes)
-        nodes = deeper
-    return [tally.profile(name) for tally, (name, _, _) in zip(tallies, part, strict=True)]
+        nodes = [node for node in reached if goes_on(node)]
 
 
 def onsets(profiles: Sequence[OnsetProfile]) -> list[tuple[float, ...]]:

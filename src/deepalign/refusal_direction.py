@@ -22,7 +22,7 @@ from deepalign.depth import kl_by_slices
 from deepalign.errors import UserError
 from deepalign.generation import evaluation_mode
 from deepalign.heads import LogitSource, logit_reader, padded, slices
-from deepalign.onset import Openings
+from deepalign.onset import Openings, follow_openings
 from deepalign.progress import Progress, silent
 
 # Shape suffixes: L = layers, P = last positions of a prompt, H = hidden width, N = prompts, V = vocabulary.
@@ -253,30 +253,20 @@ def _opening_chances(answers: Answers, sequences: Sequence[Ids], openings: Openi
     firsts = openings.first_tokens
     masses = answers.next_tokens([1] * len(sequences), firsts).tolist()
     found = [0.0] * len(sequences)
-    nodes: list[Node] = []
 
-    def sort(node: Node, deeper: list[Node]) -> None:
+    def goes_on(node: Node) -> bool:
         # Not "mass < least", which no number that is none fulfils: it must show in the sum.
         if node.path in openings.paths or not node.reach >= _LEAST_MASS:
             found[node.row] += node.reach
-        else:
-            deeper.append(node)
+            return False
+        return True
 
-    for row, (ids, chances) in enumerate(zip(sequences, masses, strict=True)):
-        for first, mass in zip(firsts, chances, strict=True):
-            sort(Node(row, len(ids) - 1, (first,), mass), nodes)
-    num_read = 0
-    while nodes:
-        followers = sorted({token for node in nodes for token in openings.next_tokens(node.path)})
-        deeper: list[Node] = []
-        for number, (node, chances) in enumerate(
-            zip(nodes, answers.after(nodes, followers).tolist(), strict=True), start=num_read
-        ):
-            for token in openings.next_tokens(node.path):
-                reach = node.reach * chances[followers.index(token)]
-                sort(Node(node.row, node.place, (*node.path, token), reach, parent=number), deeper)
-        num_read += len(nodes)
-        nodes = deeper
+    begun = [
+        Node(row, len(ids) - 1, (first,), mass)
+        for row, (ids, chances) in enumerate(zip(sequences, masses, strict=True))
+        for first, mass in zip(firsts, chances, strict=True)
+    ]
+    follow_openings(answers, [node for node in begun if goes_on(node)], openings, goes_on)
     return found
 
 

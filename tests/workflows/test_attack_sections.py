@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deepalign.attacks.suffix import FILE as SUFFIXES
 from deepalign.attacks.suffix import Suffix
 from deepalign.records import to_jsonl
 from deepalign.runs import RunFolder
-from deepalign.workflows.attack_sections import SUFFIXES, attack_sections, searches_settled
+from deepalign.workflows.attack_sections import attack_sections, searches_settled
 from deepalign.workflows.rap import SEARCHES, SearchRecord
 from deepalign.worst_case import rap_rows
 from test_metrics import COMPLIED, UNSCORED, judged

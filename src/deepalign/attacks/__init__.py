@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepalign.chat import conversation
 from deepalign.records import Attempt, Key, Prompt, Role, Sampling, Site
@@ -26,6 +26,11 @@ class AttackSettings:
     """The run's seed."""
     site: Site = "raw"
     """Where in the assistant's turn prefills are put."""
+
+    @property
+    def greedy(self) -> AttackSettings:
+        """The same for an attack that is greedy by nature: temperature 0 and one attempt."""
+        return replace(self, sampling=replace(self.sampling, temperature=0.0), samples=1)
 
 
 def attempts(

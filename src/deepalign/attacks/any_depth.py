@@ -8,7 +8,6 @@ beside the attacks and never among them. Greedy, as published.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from deepalign.attacks import AttackSettings
 from deepalign.attacks.prefill import PrefillPlan, prefill_plan
@@ -38,5 +37,4 @@ def any_depth_plan(
         raise UserError("any-depth needs the ids of an assistant header; pass a template that has one")
     if any(k < 1 for k in depths):
         raise UserError(f"any-depth at k = {min(depths)}: the header comes after 1 or more tokens of the answer")
-    greedy = replace(settings, sampling=replace(settings.sampling, temperature=0.0), samples=1)
-    return prefill_plan(prompts, depths, greedy, attack=ATTACK, then=tuple(header_ids))
+    return prefill_plan(prompts, depths, settings.greedy, attack=ATTACK, then=tuple(header_ids))

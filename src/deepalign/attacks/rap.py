@@ -8,7 +8,6 @@ The attempts are those of the prefilling attack under another name; what is diff
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from deepalign.attacks import AttackSettings
 from deepalign.attacks.prefill import PrefillPlan, prefill_plan
@@ -19,5 +18,4 @@ ATTACK = "rap"
 
 def rap_plan(prompts: Sequence[Prompt], depths: Sequence[int], settings: AttackSettings) -> PrefillPlan:
     """Attempts for every prompt and every number k of forced tokens; one sample each, whatever the settings say."""
-    greedy = replace(settings.sampling, temperature=0.0)
-    return prefill_plan(prompts, depths, replace(settings, sampling=greedy, samples=1), attack=ATTACK)
+    return prefill_plan(prompts, depths, settings.greedy, attack=ATTACK)

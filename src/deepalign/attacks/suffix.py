@@ -18,6 +18,8 @@ from deepalign.records import Attempt, Prompt, from_dict
 
 ATTACK = "suffix"
 SEPARATOR = " "
+FILE = "suffixes.jsonl"
+"""Of suffixes, in the folder of a search and in that of an audit that tried them."""
 Kind = Literal["universal", "per-prompt"]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deepalign.attacks.rap import ATTACK as RAP
+from deepalign.attacks.suffix import FILE as SUFFIXES
 from deepalign.config import AuditConfig
 from deepalign.progress import Progress
 from deepalign.records import Attempt, Prompt
 from deepalign.runs import RunFolder
 from deepalign.workflows.abliteration import complete_ablated, find_direction
-from deepalign.workflows.attack_sections import SUFFIXES
 from deepalign.workflows.inputs import Inputs
 from deepalign.workflows.models import AuditModels
 from deepalign.workflows.planning import plan_attempts

@@ -12,6 +12,7 @@ from deepalign.attacks.any_depth import ATTACK as ANY_DEPTH
 from deepalign.attacks.jailbreaks import ATTACK as JAILBREAK
 from deepalign.attacks.prefill import Skipped, variant
 from deepalign.attacks.suffix import ATTACK as SUFFIX
+from deepalign.attacks.suffix import FILE as SUFFIXES
 from deepalign.attacks.suffix import Suffix
 from deepalign.metrics import Json, Judged, complied_rate, rate_json
 from deepalign.ranks import RankProfile, rank_section
@@ -21,8 +22,6 @@ from deepalign.workflows.ranks import RANKS
 from deepalign.workflows.rap import SEARCHES, SearchRecord
 from deepalign.worst_case import rap_rows, variant_rows
 
-SUFFIXES = "suffixes.jsonl"
-"""In an audit's folder: the suffixes that it tried, wherever they are from."""
 _BEST = 3
 """The paper reports the runs with the highest rates, three of them (App. B.4)."""
 

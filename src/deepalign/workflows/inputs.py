@@ -15,10 +15,6 @@ from deepalign.workflows.models import AuditModels, model_card
 
 PRESENTATION = ("output", "show_completions", "max_batch", "skip_swap_check")
 """Settings that do not change the result, and so may differ when a run is resumed."""
-FORCED = ("prefill", "rap", "any-depth")
-"""Probes that force tokens of reference answers and generate."""
-READ_ALONG = ("kl", "onset", "ranks")
-"""Probes that read reference answers along."""
 _NEEDS_BASE = ("refusal-prefix", "kl")
 _NUM_FIRST_IDS = 12
 
@@ -116,7 +112,7 @@ def _any_depth(config: AuditConfig, models: AuditModels) -> dict[str, Any]:
     """Where the assistant header is put in again, and what it is; without one the probe cannot run."""
     target = models.get("target")
     header = assistant_header_ids(target.tokenizer, target.template, config.site)
-    return {"depths": list(any_depths(config)), "header": target.tokenizer.decode(header), "ids": list(header)}
+    return {"depths": list(any_depths(config)), "header": target.tokenizer.decode(header)}
 
 
 def any_depths(config: AuditConfig) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from deepalign.chat import answer_ids
 from deepalign.models import LoadedModel
@@ -11,8 +11,8 @@ from deepalign.onset import OnsetProfile, Openings, onset_profiles
 from deepalign.progress import Progress, silent
 from deepalign.records import Prompt, Site
 from deepalign.runs import RunFolder
+from deepalign.workflows.along import AlongAnswers, Forced
 from deepalign.workflows.models import greedy_rulings
-from deepalign.workflows.steps import with_forced_answers
 
 ONSET = "onset.jsonl"
 _PROMPTS = 32
@@ -48,19 +48,10 @@ def measure_onset(
     progress: Progress = silent,
 ) -> list[OnsetProfile]:
     """Onset profiles of every prompt with an answer, those that are missing appended."""
-    profiles = run.records(ONSET, OnsetProfile)
-    done = {profile.prompt_id for profile in profiles}
-    usable = [prompt for prompt in prompts if prompt.answer]
     openings = Openings.of(lambda text: answer_ids(loaded.tokenizer, text), [tuple(path) for path in own])
-    todo = [prompt for prompt in usable if prompt.prompt_id not in done]
-    items = with_forced_answers(loaded, todo, system_prompt, max_positions, site)
-    stage = "refusal onset"
-    progress(stage, len(usable) - len(items), len(usable))
-    with run.appender(ONSET) as out:
-        for profile in onset_profiles(
-            loaded.model, items, openings, vocab_size=loaded.vocab_size, max_positions=max_positions
-        ):
-            out.append([profile])
-            profiles.append(profile)
-            progress(stage, len(profiles), len(usable))
-    return profiles
+
+    def measured(items: Sequence[Forced]) -> Iterator[OnsetProfile]:
+        return onset_profiles(loaded.model, items, openings, vocab_size=loaded.vocab_size, max_positions=max_positions)
+
+    items = AlongAnswers(loaded, prompts, system_prompt, max_positions, site)
+    return items.profiles(run, ONSET, OnsetProfile, measured, stage="refusal onset", progress=progress)

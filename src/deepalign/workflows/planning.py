@@ -46,7 +46,7 @@ def plan_attempts(
         blank = replace(settings, system_prompt=_system_prompt(config.decoding_system_prompt, target))
         attempts += decoding_attempts(prompts, blank, decoding_grid(own, config.grid))
     if "jailbreaks" in inputs.probes:
-        attempts += jailbreak_attempts(prompts, inputs.jailbreaks, settings, system_role=_takes_system(target))
+        attempts += jailbreak_attempts(prompts, inputs.jailbreaks, settings, system_role=_renders(target, "Be brief."))
     if "suffix" in inputs.probes:
         attempts += suffix_attempts(prompts, suffixes, settings)
     if "abliteration" in inputs.probes:
@@ -56,10 +56,10 @@ def plan_attempts(
     return attempts, [skip for plan in plans for skip in plan.skipped]
 
 
-def _takes_system(loaded: LoadedModel) -> bool:
-    """Whether the template knows system messages."""
+def _renders(loaded: LoadedModel, system_prompt: str) -> bool:
+    """Whether the template takes such a system message."""
     try:
-        render(loaded.tokenizer, loaded.template, conversation("Hello", "Be brief."))
+        render(loaded.tokenizer, loaded.template, conversation("Hello", system_prompt))
     except UserError:
         return False
     return True
@@ -67,13 +67,7 @@ def _takes_system(loaded: LoadedModel) -> bool:
 
 def _system_prompt(asked: str, loaded: LoadedModel) -> str | None:
     """The system prompt asked for; none instead of a blank one where the template knows no system role."""
-    if asked:
-        return asked
-    try:
-        render(loaded.tokenizer, loaded.template, conversation("Hello", asked))
-    except UserError:
-        return None
-    return asked
+    return asked if asked or _renders(loaded, asked) else None
 
 
 def _attack_settings(config: AuditConfig, loaded: LoadedModel) -> AttackSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from deepalign.chat import answer_ids
 from deepalign.depth import check_vocabularies
@@ -12,7 +12,7 @@ from deepalign.progress import Progress, silent
 from deepalign.ranks import RankProfile, rank_profiles
 from deepalign.records import Prompt, Site
 from deepalign.runs import RunFolder
-from deepalign.workflows.steps import with_forced_answers
+from deepalign.workflows.along import AlongAnswers, Forced
 
 RANKS = "ranks.jsonl"
 
@@ -49,23 +49,16 @@ def measure_ranks(
     progress: Progress = silent,
 ) -> list[RankProfile]:
     """Rank profiles of every prompt with an answer, those that are missing appended."""
-    profiles = run.records(RANKS, RankProfile)
-    done = {profile.prompt_id for profile in profiles}
-    usable = [prompt for prompt in prompts if prompt.answer]
-    todo = [prompt for prompt in usable if prompt.prompt_id not in done]
-    items = with_forced_answers(loaded, todo, system_prompt, max_positions, site)
-    stage = "token ranks"
-    progress(stage, len(usable) - len(items), len(usable))
-    with run.appender(RANKS) as out:
-        for profile in rank_profiles(
+
+    def measured(items: Sequence[Forced]) -> Iterator[RankProfile]:
+        return rank_profiles(
             loaded.model,
             items,
             worded_openings(loaded, own),
             vocab_size=loaded.vocab_size if base is None else check_vocabularies(loaded, base),
             max_positions=max_positions,
             base=None if base is None else base.model,
-        ):
-            out.append([profile])
-            profiles.append(profile)
-            progress(stage, len(profiles), len(usable))
-    return profiles
+        )
+
+    items = AlongAnswers(loaded, prompts, system_prompt, max_positions, site)
+    return items.profiles(run, RANKS, RankProfile, measured, stage="token ranks", progress=progress)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepalign.attacks.disguises import keeps_places, read_back, why_unreadable
-from deepalign.chat import Rendered, answer_ids, conversation, render, stop_ids, thought_markers
+from deepalign.chat import render, stop_ids, thought_markers
 from deepalign.depth import KlProfile, check_vocabularies, kl_profiles
 from deepalign.generation import Continuation, Job, generate
 from deepalign.judges import Judge
@@ -21,6 +21,7 @@ from deepalign.progress import Progress, silent
 from deepalign.records import Attempt, Completion, JudgeInput, Prompt, Ruling, Site, Verdict
 from deepalign.runs import RunFolder
 from deepalign.thinking import Markers, Split, split_thoughts
+from deepalign.workflows.along import AlongAnswers, Forced
 
 ATTEMPTS, COMPLETIONS, KL = "attempts.jsonl", "completions.jsonl", "kl.jsonl"
 _JUDGE_BATCH = 64
@@ -229,38 +230,12 @@ def measure_kl(
 ) -> list[KlProfile]:
     """KL profiles of every prompt with an answer, those that are missing appended."""
     vocab_size = check_vocabularies(target, base)
-    profiles = run.records(KL, KlProfile)
-    done = {profile.prompt_id for profile in profiles}
-    usable = [prompt for prompt in prompts if prompt.answer]
-    todo = [prompt for prompt in usable if prompt.prompt_id not in done]
-    items = with_forced_answers(target, todo, system_prompt, max_positions, site)
-    progress("measuring KL", len(usable) - len(items), len(usable))
-    with run.appender(KL) as out:
-        for profile in kl_profiles(target.model, base.model, items, vocab_size=vocab_size, max_positions=max_positions):
-            out.append([profile])
-            profiles.append(profile)
-            progress("measuring KL", len(profiles), len(usable))
-    return profiles
 
+    def measured(items: Sequence[Forced]) -> Iterator[KlProfile]:
+        return kl_profiles(target.model, base.model, items, vocab_size=vocab_size, max_positions=max_positions)
 
-def with_forced_answers(
-    loaded: LoadedModel, prompts: Sequence[Prompt], system_prompt: str | None, max_positions: int, site: Site
-) -> list[tuple[str, Rendered]]:
-    """Each prompt that has an answer, by its id, with the answer's first `max_positions` ids as the response."""
-    return [
-        (
-            prompt.prompt_id,
-            render(
-                loaded.tokenizer,
-                loaded.template,
-                conversation(prompt.text, system_prompt),
-                answer_ids(loaded.tokenizer, prompt.answer)[:max_positions],
-                site,
-            ),
-        )
-        for prompt in prompts
-        if prompt.answer
-    ]
+    items = AlongAnswers(target, prompts, system_prompt, max_positions, site)
+    return items.profiles(run, KL, KlProfile, measured, stage="measuring KL", progress=progress)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepalign.attacks.suffix import Suffix, with_suffix
+from deepalign.attacks.suffix import FILE, Suffix, with_suffix
 from deepalign.chat import answer_ids, conversation, render, stop_ids
 from deepalign.config import AuditConfig, settings_of
 from deepalign.config_suffix import SuffixConfig
@@ -30,7 +30,7 @@ from deepalign.suffix.search import SearchResult, SearchSettings, SearchState, s
 from deepalign.workflows.answers import fill_answers
 from deepalign.workflows.models import model_card
 
-SUFFIXES, SEARCH = "suffixes.jsonl", "suffix-search"
+SEARCH = "suffix-search"
 _SAVED_EVERY = 10.0
 """Seconds between two savings of a search that goes on."""
 _AUDITS: dict[str, Any] = {"behaviours": 8, "width": 128, "top_k": 128, "at_once": True}
@@ -52,7 +52,7 @@ class SuffixResult:
     @property
     def file(self) -> Path:
         """The file of them, which `audit --suffix` replays."""
-        return self.run / SUFFIXES
+        return self.run / FILE
 
 
 def suffix_search(config: SuffixConfig, progress: Progress = silent) -> SuffixResult:
@@ -113,7 +113,7 @@ def search_all(
         logger.info("run folder %s", run.path)
         prompts = _with_targets(run, config, found.prompts, progress)
         behaviours = [_behaviour(loaded, config, prompt) for prompt in prompts]
-        done = {(one.name, one.prompt): one for one in run.records(SUFFIXES, Suffix) if _whole(one, config)}
+        done = {(one.name, one.prompt): one for one in run.records(FILE, Suffix) if _whole(one, config)}
         made = []
         for number in range(config.runs):
             groups = [[one] for one in behaviours] if config.per_prompt else [behaviours]
@@ -125,7 +125,7 @@ def search_all(
                     state = f"state-{name}{f'-{index}' if config.per_prompt else ''}.json"
                     known = _searched(run, config, loaded, group, name, state, config.seed + number, progress)
                     done[name, prompt] = known
-                    run.write_records(SUFFIXES, done.values())
+                    run.write_records(FILE, done.values())
                 made.append(known)
     return tuple(made)
 
