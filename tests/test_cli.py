@@ -66,7 +66,7 @@ def test_every_field_is_an_option_and_every_option_a_field(command: str) -> None
 def test_help_tells_what_each_field_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    source = inspect.getsource(CONFIGS[command])
+    source = "".join(inspect.getsource(one) for one in CONFIGS[command].__mro__ if dataclasses.is_dataclass(one))
     for field in dataclasses.fields(CONFIGS[command]):
         assert f"--{field.name.replace('_', '-')}" in told
         documented = source.split(f"    {field.name}: ", 1)[1].split('"""')[1]

@@ -10,12 +10,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
+from deepalign.config_run import RunSettings, Whole, at_least
 from deepalign.errors import UserError
 from deepalign.records import Sampling, Site
 
@@ -69,26 +70,13 @@ SUITES: dict[Suite, tuple[Probe, ...]] = {
 """Probes of each suite; `full` sweeps all fifty decoding settings, the others seven, and has all but `finetuning`."""
 
 
-def _whole(_: type, tokens: Sequence[Any]) -> int:
-    """Read a whole number; 1.5 is refused, where a lenient reader would round it."""
-    token = tokens[0]
-    try:
-        return int(token.value)
-    except ValueError:
-        raise UserError(f'{token.keyword} "{token.value}" is not a whole number') from None
-
-
 ATTACKS_BY_TUNING = ("harmful", "identity", "backdoor", "refuse-then-comply")
-Whole = Annotated[int, Parameter(converter=_whole)]
 DEFAULT_DEPTHS = (0, 5, 10, 20, 40, 80, 160)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AuditConfig:
+class AuditConfig(RunSettings):
     """Measure how many tokens deep a model's safety alignment goes."""
-
-    model: str = field(kw_only=False)
-    """Model to audit: hub id, local folder, PEFT adapter folder, GGUF file, or a testbed name."""
 
     base: str | None = None
     """The model that it was aligned from, for the KL and refusal-prefix probes; same vocabulary."""
@@ -177,9 +165,6 @@ class AuditConfig:
     finetuning_sets: tuple[str, ...] = ATTACKS_BY_TUNING
     """Sets that the finetuning probe tunes copies of the model on."""
 
-    judge: str = "refusal"
-    """Judge: a built-in name, module:Name, or scripted:FILE."""
-
     system_prompt: str | None = None
     """System prompt; default no system message (the template may insert its own), "" an empty one."""
 
@@ -213,27 +198,6 @@ class AuditConfig:
     adapter_base: str | None = None
     """Model that an adapter sits on, where its own record is wrong."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights while generating; auto is bfloat16 where the hardware is fast at it."""
-
-    kl_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights while measuring KL; auto is float32 up to 4 billion parameters."""
-
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:1, mps; sharded spreads a large model over all GPUs, then the CPU."""
-
-    quantize: Literal["none", "8bit", "4bit"] = "none"
-    """Bits to which weights are rounded while loading, model and base alike; needs bitsandbytes."""
-
-    max_batch: Whole = 160
-    """Most sequences at a time; less is taken where memory asks for it."""
-
-    skip_swap_check: bool = False
-    """Go on even if base and model look exchanged."""
-
-    show_completions: bool = False
-    """Show completions and prompts' answers in the report instead of redacting them."""
-
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
         for option, depths in (("depths", self.depths), ("rap-depths", self.rap_depths)):
@@ -255,11 +219,11 @@ class AuditConfig:
             "any-depth-every",
         )
         for option in counts:
-            _at_least(option, getattr(self, option.replace("-", "_")), 1)
-        _at_least("top-k", self.top_k, 0)
-        _at_least("seed", self.seed, 0)
+            at_least(option, getattr(self, option.replace("-", "_")), 1)
+        at_least("top-k", self.top_k, 0)
+        at_least("seed", self.seed, 0)
         if self.limit is not None:
-            _at_least("limit", self.limit, 1)
+            at_least("limit", self.limit, 1)
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature {self.temperature} is no number from 0 up; 0 is greedy")
         if not 0 < self.top_p <= 1:
@@ -290,8 +254,3 @@ def settings_of(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     data = {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
     settings: dict[str, Any] = json.loads(json.dumps(data, default=str))
     return settings
-
-
-def _at_least(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"--{option} {value} is too small; give at least {least}")

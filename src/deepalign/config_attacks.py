@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deepalign.config import ATTACKS_BY_TUNING, Whole
+from deepalign.config import ATTACKS_BY_TUNING
+from deepalign.config_run import Whole
 from deepalign.config_tuning import LEARNING_RATES, Method
 from deepalign.errors import UserError
 from deepalign.ways import Cell, Way

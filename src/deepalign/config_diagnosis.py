@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from deepalign.config import Whole
 from deepalign.config_attacks import AttackSettings, GridConfig
+from deepalign.config_run import Whole
 from deepalign.config_tuning import Method
 from deepalign.errors import UserError
 from deepalign.ways import Way

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from deepalign.config import Whole
+from deepalign.config_run import Whole
 from deepalign.errors import UserError
 
 

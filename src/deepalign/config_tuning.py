@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from deepalign.config import Whole
+from deepalign.config_run import Whole
 from deepalign.errors import UserError
 from deepalign.records import Site
 

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 Status = Literal["refused", "complied", "unscored"]
-Outcome = Literal["refused_at_once", "recovered", "complied", "unscored"]
+"""Whether the alignment held. A judge of refusals says "refused" of a refusal and "complied" of anything else that
+answers; a judge of harm says "complied" of what it finds harmful, and "refused" of all the rest."""
+Outcome = Literal["refused_at_once", "recovered", "held", "complied", "unscored"]
+"""How it came to that; "held": a judge of harm found none, and does not say where a refusal began."""
 Site = Literal["raw", "content", "reasoning"]
 """Where in an assistant's turn a prefill is put; `thinking.py` says what each means."""
 Role = Literal["target", "base", "ablated"]
@@ -151,6 +154,12 @@ class Ruling:
     """The matched phrase, or why the text is unscored."""
     refusal_char: int | None = None
     """Character at which the first refusal begins, in the judged text."""
+    refuses: bool | None = None
+    """Whether the text refuses, harmful or not; None where the judge does not tell."""
+    score: float | None = None
+    """How harmful, on the judge's own scale; None where it has none."""
+    raw: str = ""
+    """What a model that judges wrote, unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +179,14 @@ class Verdict:
     status_with_prefix: Status = "unscored"
     outcome_with_prefix: Outcome = "unscored"
     reason_with_prefix: str = ""
+    refuses: bool | None = None
+    """Whether the completion alone refuses, harmful or not; None where the judge does not tell."""
+    score: float | None = None
+    """How harmful the completion alone is, on the judge's own scale; None where it has none."""
+    score_with_prefix: float | None = None
+    raw: str = ""
+    """What a model that judges wrote of the completion alone, unchanged."""
+    raw_with_prefix: str = ""
     outcome_of_thoughts: Outcome | Literal[""] = ""
     """The ruling on the thoughts alone, "" where there were none; they count in no rate."""
 

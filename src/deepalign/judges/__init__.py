@@ -21,7 +21,11 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @runtime_checkable
 class Judge(Protocol):
-    """Rules on texts."""
+    """Rules on texts.
+
+    A judge may also have `version` (verdicts of another version are let go), and `tells_refusals` (False for a judge
+    of harm that does not say whether a text refuses; over-refusal is then read off the rule-based judge).
+    """
 
     name: str
     """Goes into the file name verdicts.<name>.jsonl."""

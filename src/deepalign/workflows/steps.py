@@ -173,6 +173,11 @@ def judge_batch(judge: Judge, pairs: Sequence[tuple[Attempt, Completion]]) -> li
                 status_with_prefix=both.status,
                 outcome_with_prefix=both.outcome,
                 reason_with_prefix=both.reason,
+                refuses=one.refuses,
+                score=one.score,
+                score_with_prefix=both.score,
+                raw=one.raw,
+                raw_with_prefix=both.raw,
                 outcome_of_thoughts=thought.outcome if thought else "",
             )
         )
