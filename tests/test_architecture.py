@@ -47,6 +47,7 @@ FLOORS = (
         "sampling",
         "runs",
         "heads",
+        "endpoints",
     ),
     (
         "abliteration",
@@ -104,6 +105,7 @@ START_WITHOUT_TORCH = (
     "runs",
     "errors",
     "progress",
+    "endpoints.client",
     "prompts.catalogue",
     "prompts.download",
     "prompts.public",
