@@ -40,6 +40,8 @@ FLOORS = (
         "thinking",
         "generation",
         "decoding",
+        "graphs",
+        "packing",
         "sharing",
         "branches",
         "batching",

@@ -8,7 +8,7 @@ cut out of a shared pass, a pass of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,14 @@ from torch import Tensor
 from deepalign.batching import Continuation, Job, Row, with_hosts
 from deepalign.caching import can_share_prefixes, empty_cache, is_filled, keep_rows, row_cache
 from deepalign.errors import UserError, first_line
+from deepalign.packing import PackedProducts
 from deepalign.records import Sampling
 from deepalign.sampling import draw
 from deepalign.sharing import NotShared, SharedAttention, SharedCache
 
 _PROBE_IDS = 12
+_PROBE_STEPS = ((0, 1, 2, 3), (0, 2, 3), (0, 1, 2), (1, 2), (0, 1), (0,))
+"""Rows that go on after each step of a trial."""
 
 
 class Decoding:
@@ -33,16 +36,26 @@ class Decoding:
         batch: Rows to write.
         stop_ids: Ids that end a row.
         shared: Whether to try rows that share their prefixes' keys and values; ask `shares_attention` first.
+        products: The model's weights laid out for decoding steps, where that pays.
 
     Raises:
         NotShared: From `step`, with `shared`; the rows that have not ended may be begun anew without.
         UserError: The model cannot be generated with at all.
     """
 
-    def __init__(self, model: Any, batch: Sequence[Row], *, stop_ids: frozenset[int], shared: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch: Sequence[Row],
+        *,
+        stop_ids: frozenset[int],
+        shared: bool,
+        products: PackedProducts | None = None,
+    ) -> None:
         lengths = [len(row.job.ids) - 1 for row in batch]
         num_new = max(row.job.sampling.max_new_tokens for row in batch)
         self._model = model
+        self._products = products
         self._device = torch.device(model.device)
         self._rows = list(batch)
         self._cache, mask = _prefilled(model, batch, lengths, num_new, shared=shared)
@@ -84,8 +97,8 @@ class Decoding:
         """Feed the last id of each row; logits of the next, [B, V] in float32."""
         ones_B1 = torch.ones_like(self._ids_B1)
         self._mask_BT = torch.cat([self._mask_BT, ones_B1], dim=-1)
-        with SharedAttention(self._cache) if isinstance(self._cache, SharedCache) else contextlib.nullcontext():
-            output = _run(
+        with self._products or contextlib.nullcontext(), self._attention():
+            output = run_model(
                 self._model,
                 self._cache,
                 input_ids=self._ids_B1,
@@ -94,6 +107,10 @@ class Decoding:
             )
         logits_BV: Tensor = output.logits[:, -1].float()
         return logits_BV
+
+    def _attention(self) -> contextlib.AbstractContextManager[Any]:
+        """What stands in for the model's attention during a pass."""
+        return SharedAttention(self._cache) if isinstance(self._cache, SharedCache) else contextlib.nullcontext()
 
     def _advance(self, number: int, row: Row, token: int, finite: bool) -> Continuation | None:
         """Take a row's new token; its continuation when that ends it."""
@@ -111,15 +128,23 @@ class Decoding:
         """Keep only the rows that go on, and set their next ids."""
         if len(keep) < len(self._rows):
             index = torch.tensor(keep, dtype=torch.long, device=self._device)
-            if isinstance(self._cache, SharedCache):
-                self._cache.keep(index)
-            else:
-                keep_rows(self._cache, index)
-            self._mask_BT = self._mask_BT[index]
-            self._positions_B1 = self._positions_B1[index]
+            self.drop_states(keep, index)
             self._uniforms_BN = self._uniforms_BN[index]
             self._rows = [self._rows[number] for number in keep]
             self._written = [self._written[number] for number in keep]
+        self.feed(tokens)
+
+    def drop_states(self, keep: list[int], index: Tensor) -> None:
+        """Let go of what the model remembers of all rows but those at `index`."""
+        if isinstance(self._cache, SharedCache):
+            self._cache.keep(index)
+        else:
+            keep_rows(self._cache, index)
+        self._mask_BT = self._mask_BT[index]
+        self._positions_B1 = self._positions_B1[index]
+
+    def feed(self, tokens: list[int]) -> None:
+        """Set the next id of every row."""
         self._ids_B1 = torch.tensor(tokens, dtype=torch.long, device=self._device).unsqueeze(-1)
         self._positions_B1 = self._positions_B1 + 1
 
@@ -158,11 +183,11 @@ def _forward(model: Any, sequences: list[tuple[int, ...]]) -> Any:
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
     positions_BT = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
     # One position through the head is the least that `transformers` lets a causal LM compute.
-    _run(model, cache, input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, logits_to_keep=1)
+    run_model(model, cache, input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, logits_to_keep=1)
     return cache
 
 
-def _run(model: Any, cache: Any, **inputs: Any) -> Any:
+def run_model(model: Any, cache: Any, **inputs: Any) -> Any:
     """One forward pass that reads and extends the cache.
 
     Raises:
@@ -186,28 +211,42 @@ def shares_attention(model: Any, ids: Sequence[int]) -> bool:
         model: A `transformers` causal LM in evaluation mode.
         ids: Some ids of its vocabulary; fewer than four share nothing worth while.
     """
+    return writes_alike(model, ids, lambda rows: Decoding(model, rows, stop_ids=frozenset(), shared=True))
+
+
+@torch.inference_mode()
+def writes_alike(model: Any, ids: Sequence[int], make: Callable[[list[Row]], Decoding]) -> bool:
+    """Whether a way of decoding gives a model's own logits, up to rounding; tried on a few ids.
+
+    Args:
+        model: A `transformers` causal LM in evaluation mode.
+        ids: Some ids of its vocabulary; fewer than four are no trial.
+        make: The way, given a batch.
+    """
     few = tuple(ids[:_PROBE_IDS])
-    if len(few) < 4 or not can_share_prefixes(model.config, len(few) + 3):
+    if len(few) < 4 or not can_share_prefixes(model.config, len(few) + len(_PROBE_STEPS)):
         return False
-    greedy = Sampling(temperature=0.0, max_new_tokens=3)
+    greedy = Sampling(temperature=0.0, max_new_tokens=len(_PROBE_STEPS))
     # Two prefixes of different length, one with two rows that end in different places.
     jobs = [Job(ids=part, sampling=greedy, seed=0) for part in (few, few[: len(few) // 2], few[1:], few[:1] + few[2:])]
     rows = with_hosts(jobs, range(len(jobs)))
-    apart: list[Tensor] = []
-    together: list[Tensor] = []
+    own: list[Tensor] = []
+    found: list[Tensor] = []
     try:
-        for shared, found in ((False, apart), (True, together)):
-            decoding = Decoding(model, rows, stop_ids=frozenset(), shared=shared)
-            for kept in ([0, 2, 3], [1, 2], [0]):
-                found.append(decoding.logits())
+        for logits, decoding in (
+            (own, Decoding(model, rows, stop_ids=frozenset(), shared=False)),
+            (found, make(rows)),
+        ):
+            for kept in _PROBE_STEPS:
+                logits.append(decoding.logits().clone())
                 # The same ids on both sides, whatever rounding makes of the greedy ones.
-                tokens = apart[len(found) - 1].argmax(dim=-1).tolist()
-                decoding.retain(kept, [tokens[row] for row in kept])
+                tokens = own[len(logits) - 1].argmax(dim=-1).tolist()
+                decoding.retain(list(kept), [tokens[row] for row in kept])
     except (NotShared, RuntimeError, UserError):
         return False
     # In low precision every order of sums gives other logits; only a difference of form must count.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
-    return all(_distance(one, other) <= tolerance for one, other in zip(apart, together, strict=True))
+    return all(_distance(one, other) <= tolerance for one, other in zip(own, found, strict=True))
 
 
 def _distance(expected_BV: Tensor, found_BV: Tensor) -> float:

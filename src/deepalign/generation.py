@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ import torch
 from deepalign.batching import Continuation, Job, Row, batches, is_out_of_memory, with_hosts
 from deepalign.caching import can_share_prefixes, takes_batches
 from deepalign.decoding import Decoding, shares_attention
+from deepalign.graphs import GraphedDecoding, can_record
+from deepalign.packing import PackedProducts, packed_products
 from deepalign.sharing import NotShared
 
 __all__ = ["Continuation", "Job", "generate"]
@@ -48,11 +52,36 @@ def generate(
             fitting.append(index)
     rows = with_hosts(jobs, fitting)
     with evaluation_mode(model):
-        shared = len(rows) > 1 and shares_attention(model, max((row.host for row in rows), key=len))
+        way = _way(model, rows, max_batch)
         longest = max((len(row.host) + row.job.sampling.max_new_tokens for row in rows), default=0)
-        held_once = shared and can_share_prefixes(model.config, longest)
+        held_once = way.shared and can_share_prefixes(model.config, longest)
         for batch in batches(model, rows, max_batch if takes_batches(model.config) else 1, shared=held_once):
-            shared = yield from _generate_or_split(model, batch, frozenset(stop_ids), shared=shared)
+            way = yield from _generate_or_split(model, batch, frozenset(stop_ids), way)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """How batches are written."""
+
+    shared: bool
+    """Rows share their prefixes' keys and values."""
+    recorded: bool
+    """Steps are recorded as graphs; only with shared prefixes."""
+    products: PackedProducts | None
+    """Weights laid out beforehand."""
+
+
+def _way(model: Any, rows: Sequence[Row], max_batch: int) -> Way:
+    """The fastest way that the model takes part in."""
+    some_ids = max((row.host for row in rows), key=len, default=())
+    shared = len(rows) > 1 and shares_attention(model, some_ids)
+    most_new = max((row.job.sampling.max_new_tokens for row in rows), default=0)
+    num_batches = math.ceil(len(rows) / max_batch)
+    return Way(
+        shared=shared,
+        recorded=shared and can_record(model, some_ids),
+        products=packed_products(model, rows=min(len(rows), max_batch), steps=num_batches * most_new),
+    )
 
 
 def _too_long(model: Any, job: Job) -> str:
@@ -64,38 +93,42 @@ def _too_long(model: Any, job: Job) -> str:
 
 
 def _generate_or_split(
-    model: Any, batch: list[Row], stop_ids: frozenset[int], *, shared: bool
-) -> Generator[Continuation, None, bool]:
-    """One batch to its end; what memory does not hold in halves. Returns whether rows may go on sharing prefixes."""
+    model: Any, batch: list[Row], stop_ids: frozenset[int], way: Way
+) -> Generator[Continuation, None, Way]:
+    """One batch to its end; what memory does not hold in halves. Returns the way to write the next one."""
     finished: set[int] = set()
     try:
-        for continuation in _written(model, batch, stop_ids, shared=shared):
+        for continuation in _written(model, batch, stop_ids, way):
             finished.add(continuation.index)
             yield continuation
-        return shared
+        return way
     except NotShared as error:
         logger.warning("%s does not share prefixes after all (%s); going on without", type(model).__name__, error)
-        parts, shared = [batch], False
+        parts, way = [batch], replace(way, shared=False, recorded=False)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         rest = [row for row in batch if row.index not in finished]
         if len(rest) == 1:
             yield Continuation(index=rest[0].index, status="failed", reason="out of memory, even alone")
-            return shared
+            return way
         logger.warning("out of memory with %d rows; going on with half", len(rest))
         parts = [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for part in parts:
         left = [row for row in part if row.index not in finished]
-        shared = yield from _generate_or_split(model, left, stop_ids, shared=shared)
-    return shared
+        way = yield from _generate_or_split(model, left, stop_ids, way)
+    return way
 
 
-def _written(model: Any, batch: list[Row], stop_ids: frozenset[int], *, shared: bool) -> Iterator[Continuation]:
+def _written(model: Any, batch: list[Row], stop_ids: frozenset[int], way: Way) -> Iterator[Continuation]:
     # A frame of its own: when it fails, its keys and values are gone before the next try.
-    decoding = Decoding(model, batch, stop_ids=stop_ids, shared=shared)
+    decoding = (
+        GraphedDecoding(model, batch, stop_ids=stop_ids)
+        if way.recorded
+        else Decoding(model, batch, stop_ids=stop_ids, shared=way.shared, products=way.products)
+    )
     while decoding.unfinished:
         yield from decoding.step()
 

@@ -54,6 +54,11 @@ class SharedLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take one token's states, [B, K, 1, D]; what is returned means something to `SharedAttention` only."""
+        if self._rows.column is not None:
+            self.keys.index_copy_(2, self._rows.column, key_states)
+            self.values.index_copy_(2, self._rows.column, value_states)
+            self._rows.waiting[id(self.keys)] = self
+            return self.keys, self.values
         if self.used == self.keys.shape[2]:
             self.keys, self.values = pad(self.keys, (0, 0, 0, _ROOM)), pad(self.values, (0, 0, 0, _ROOM))
         self.keys[:, :, self.used : self.used + 1] = key_states
@@ -61,6 +66,12 @@ class SharedLayer(DynamicLayer):  # type: ignore[misc]
         self.used += 1
         self._rows.waiting[id(self.keys)] = self
         return self.keys, self.values
+
+    def widen(self, room: int) -> None:
+        """Have room for so many own tokens, and count all of it as in use: the mask says what is seen."""
+        more = room - int(self.keys.shape[2])
+        self.keys, self.values = pad(self.keys, (0, 0, 0, more)), pad(self.values, (0, 0, 0, more))
+        self.used = room
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows at `indices`; prefixes are dropped by `SharedCache.keep`."""
@@ -79,6 +90,8 @@ class _Rows:
     def __init__(self, sources: Sequence[int], device: torch.device) -> None:
         self.waiting: dict[int, SharedLayer] = {}
         """Layers whose keys went out and did not come to attention yet, by those keys' identity."""
+        self.column: Tensor | None = None
+        """Where the next token goes, on the device, [1]; None where layers count for themselves."""
         self._device = device
         self.arrange(sources)
 
@@ -125,6 +138,12 @@ class SharedCache(DynamicCache):  # type: ignore[misc]
         first = prefixes.layers[0]
         self.rows = _Rows(sources, first.keys.device)
         self.layers = [SharedLayer(layer.keys, layer.values, self.rows) for layer in prefixes.layers]
+
+    def fix(self, room: int, column: Tensor) -> None:
+        """Keep every shape as it is from now on: room for so many own tokens, and the next one's place in a tensor."""
+        self.rows.column = column
+        for layer in self.layers:
+            layer.widen(room)
 
     def keep(self, indices: Tensor) -> None:
         """Keep only the rows at `indices`, and the prefixes that any of them has."""
