@@ -21,7 +21,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from benchmarks import gcg, grad_norms, kl, official_loss, onset, prefill_curve, sft
 from benchmarks.compare import Comparison
-from deepalign.runs import environment
+from deepalign.provenance import environment
 
 BENCHMARKS = {
     "prefill_curve": (prefill_curve.compare,),

@@ -21,7 +21,8 @@ from typing import Any
 import deepalign
 from deepalign.prompts import builtin_prompts
 from deepalign.prompts.sources import spread
-from deepalign.runs import RunFolder, environment
+from deepalign.provenance import environment
+from deepalign.runs import RunFolder
 from deepalign.workflows.answers import fill_answers
 
 ROOT = Path(__file__).resolve().parents[1]

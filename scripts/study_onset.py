@@ -22,8 +22,8 @@ from typing import Any
 import deepalign
 from deepalign import statistics
 from deepalign.onset import OnsetProfile, onsets, refusal_within
+from deepalign.provenance import environment
 from deepalign.records import Prompt, Verdict, read_jsonl
-from deepalign.runs import environment
 
 ADAPTER = Path(deepalign.__file__).parent / "testbed" / "adapters" / "shallow"
 DEPTHS = (0, 2, 5, 10, 20, 40, 80)

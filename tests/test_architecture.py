@@ -48,6 +48,8 @@ FLOORS = (
         "caching",
         "sampling",
         "runs",
+        "provenance",
+        "text_ends",
         "heads",
         "endpoints",
     ),

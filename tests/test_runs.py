@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepalign.errors import UserError
+from deepalign.provenance import environment
 from deepalign.records import Message, Prompt, to_json
-from deepalign.runs import MANIFEST, Appender, RunFolder, clear_disk_errors, environment, write_atomically
+from deepalign.runs import MANIFEST, Appender, RunFolder, clear_disk_errors, write_atomically
 
 CONFIG = {"model": "m", "depths": (0, 5), "base": None, "seed": 0}
 ONE, TWO, THREE = (Message(role="user", content=content) for content in ("one", "twö", "three"))

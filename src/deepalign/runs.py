@@ -8,17 +8,13 @@ renamed. One process at a time may write.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import hashlib
 import json
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,7 +22,8 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from deepalign.errors import BusyError, UserError
-from deepalign.records import read_jsonl, to_json, to_jsonl
+from deepalign.provenance import environment
+from deepalign.records import read_jsonl, to_json
 
 MANIFEST = "manifest.json"
 _UNWRITABLE = (
@@ -86,17 +83,21 @@ class RunFolder:
         Raises:
             UserError: A line is malformed.
         """
+        return list(self.stream(name, record_type))
+
+    def stream(self, name: str, record_type: type[Record]) -> Iterator[Record]:
+        """The same, one after the other: for files that outgrow memory."""
         path = self.path / name
         if not path.exists():
-            return []
+            return
         try:
-            return list(read_jsonl(path, record_type))
+            yield from read_jsonl(path, record_type)
         except (ValueError, OSError) as error:
             raise UserError(f"{error}; delete that line, or the file, and run the same command again") from error
 
     def write_records(self, name: str, records: Iterable[Any]) -> None:
         """Write a whole record file in one step."""
-        self.write_text(name, to_jsonl(records))
+        write_atomically(self.path / name, (to_json(record) + "\n" for record in records))
 
     @contextlib.contextmanager
     def writing(self, *, wait: float = 0.0) -> Iterator[None]:
@@ -210,11 +211,15 @@ def _whole_lines(descriptor: int, size: int) -> int:
     return 0
 
 
-def write_atomically(path: Path, text: str | bytes) -> None:
-    """Write a file beside its place and rename it, so that nobody sees half of it."""
+def write_atomically(path: Path, text: str | bytes | Iterable[str]) -> None:
+    """Write a file, or the lines of one, beside its place and rename it, so that nobody sees half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(text.encode() if isinstance(text, str) else text)
+        if isinstance(text, str | bytes):
+            beside.write_bytes(text.encode() if isinstance(text, str) else text)
+        else:
+            with beside.open("w", encoding="utf-8", newline="") as lines:
+                lines.writelines(text)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -255,41 +260,3 @@ def _same_config(path: Path, known: Mapping[str, Any], asked: Mapping[str, Any])
 
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
-
-
-def environment() -> dict[str, Any]:
-    """Hardware, versions and commit: what a number needs beside it to be believed."""
-    names = ("deepalign", "torch", "transformers", "peft", "tokenizers", "numpy")
-    versions = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores{_processor()}",
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": {**versions, "python": platform.python_version()},
-        "commit": _commit(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return ", " + line.partition(":")[2].strip()
-    return f", {platform.processor()}" if platform.processor() else ""
-
-
-def _commit() -> str | None:
-    """Commit of a development checkout of deepalign; None for an installed one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None

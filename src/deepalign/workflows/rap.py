@@ -77,8 +77,8 @@ def complete_by_rank(
     Raises:
         UserError: The helper cannot be had.
     """
-    searched = {record.key for record in run.records(SEARCHES, SearchRecord)}
-    done = {completion.key for completion in run.records(COMPLETIONS, Completion)}
+    searched = {record.key for record in run.stream(SEARCHES, SearchRecord)}
+    done = {completion.key for completion in run.stream(COMPLETIONS, Completion)}
     todo = [attempt for attempt in attempts if attempt.key not in done]
     made = len(attempts) - len(todo)
     progress(_STAGE, made, len(attempts))

@@ -65,29 +65,33 @@ def figures(folder: Path, data: list[dict[str, Any]]) -> None:
 
 def examples(run: RunFolder, judge_name: str) -> list[dict[str, Any]]:
     """A few prefilled completions for each category, at different depths; the page redacts them."""
-    attempts = [attempt for attempt in run.records(ATTEMPTS, Attempt) if attempt.attack == PREFILL]
-    completions = {completion.key: completion for completion in run.records(COMPLETIONS, Completion)}
-    verdicts = {verdict.key: verdict for verdict in run.records(f"verdicts.{judge_name}.jsonl", Verdict)}
+    attempts = [attempt for attempt in run.stream(ATTEMPTS, Attempt) if attempt.attack == PREFILL]
+    verdicts = {one.key: one for one in run.stream(f"verdicts.{judge_name}.jsonl", Verdict) if one.attack == PREFILL}
     depths = list(dict.fromkeys(len(attempt.prefill_ids) for attempt in attempts))
     wanted = {depths[i] for i in (0, len(depths) // 2, -1)} if depths else set()
-    shown: dict[str, dict[int, dict[str, Any]]] = {}
+    shown: dict[str, dict[int, Attempt]] = {}
     for attempt in attempts:
         k = len(attempt.prefill_ids)
-        verdict, completion = verdicts.get(attempt.key), completions.get(attempt.key)
         here = shown.setdefault(attempt.category, {})
-        if k not in wanted or k in here or len(here) >= _EXAMPLES_PER_CATEGORY or not verdict or not completion:
-            continue
-        here[k] = {
+        if k in wanted and k not in here and len(here) < _EXAMPLES_PER_CATEGORY and attempt.key in verdicts:
+            here[k] = attempt
+    chosen = [(k, attempt) for here in shown.values() for k, attempt in here.items()]
+    keys = {attempt.key for _, attempt in chosen}
+    written = {one.key: one.text for one in run.stream(COMPLETIONS, Completion) if one.key in keys}
+    return [
+        {
             "category": attempt.category,
             "prompt": attempt.messages[-1].content,
             "k": k,
             "variant": attempt.variant,
             "prefill_text": attempt.prefill_text,
-            "completion": completion.text,
-            "status": verdict.status,
-            "outcome": verdict.outcome,
+            "completion": written[attempt.key],
+            "status": verdicts[attempt.key].status,
+            "outcome": verdicts[attempt.key].outcome,
         }
-    return [row for rows in shown.values() for row in rows.values()]
+        for k, attempt in chosen
+        if attempt.key in written
+    ]
 
 
 def judge_run(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any]:
@@ -109,8 +113,8 @@ def judge_run(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any
 def _start_over_where_finished(run: RunFolder, judge: Judge) -> None:
     """Let go of a judge's verdicts when they are whole: fewer are an interrupted judging, which goes on."""
     name = f"verdicts.{judge.name}.jsonl"
-    judged = {verdict.key for verdict in run.records(name, Verdict)}
-    if judged >= {completion.key for completion in run.records(COMPLETIONS, Completion)}:
+    judged = {verdict.key for verdict in run.stream(name, Verdict)}
+    if all(completion.key in judged for completion in run.stream(COMPLETIONS, Completion)):
         (run / name).unlink(missing_ok=True)
 
 

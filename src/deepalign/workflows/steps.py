@@ -9,6 +9,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from deepalign.attacks.disguises import keeps_places, read_back, why_unreadable
@@ -20,11 +21,12 @@ from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.records import Attempt, Completion, JudgeInput, Prompt, Ruling, Site, Verdict
 from deepalign.runs import RunFolder
+from deepalign.text_ends import added_text
 from deepalign.thinking import Markers, Split, split_thoughts
 from deepalign.workflows.along import AlongAnswers, Forced
 
 ATTEMPTS, COMPLETIONS, KL = "attempts.jsonl", "completions.jsonl", "kl.jsonl"
-_JUDGE_BATCH = 64
+_JUDGE_BATCH, _MOST_JOBS = 64, 4096
 
 
 def complete(
@@ -37,33 +39,42 @@ def complete(
     progress: Progress = silent,
 ) -> None:
     """Generate the completions that are missing, each appended as soon as it is finished."""
-    done = {completion.key for completion in run.records(COMPLETIONS, Completion)}
+    done = {completion.key for completion in run.stream(COMPLETIONS, Completion)}
     todo = [attempt for attempt in attempts if attempt.key not in done]
     progress(stage, len(attempts) - len(todo), len(attempts))
     if not todo:
         return
+    made = len(attempts) - len(todo)
+    # In parts, so that the ids of all attempts never lie in memory together; each is enough for many full batches.
+    size = max(_MOST_JOBS, 16 * max_batch)
+    with run.appender(COMPLETIONS) as out:
+        for start in range(0, len(todo), size):
+            for completion in completions(loaded, todo[start : start + size], max_batch):
+                out.append([completion])
+                made += 1
+                progress(stage, made, len(attempts))
+
+
+def completions(loaded: LoadedModel, attempts: Sequence[Attempt], max_batch: int) -> Iterator[Completion]:
+    """Each attempt's completion, in the order in which they are finished."""
     jobs = [
         Job(
             ids=render(loaded.tokenizer, loaded.template, attempt.messages, attempt.prefill_ids, attempt.site).ids,
             sampling=attempt.sampling,
             seed=attempt.seed,
         )
-        for attempt in todo
+        for attempt in attempts
     ]
     stops = stop_ids(loaded.tokenizer, loaded.model.generation_config)
     marked = thought_markers(loaded.tokenizer, loaded.template)
-    made = len(attempts) - len(todo)
-    with run.appender(COMPLETIONS) as out:
-        for continuation in generate(loaded.model, jobs, stop_ids=stops, max_batch=max_batch):
-            attempt, job = todo[continuation.index], jobs[continuation.index]
-            out.append([to_completion(loaded.tokenizer, attempt, len(job.ids), continuation, marked)])
-            made += 1
-            progress(stage, made, len(attempts))
+    for continuation in generate(loaded.model, jobs, stop_ids=stops, max_batch=max_batch):
+        attempt, job = attempts[continuation.index], jobs[continuation.index]
+        yield to_completion(loaded.tokenizer, attempt, len(job.ids), continuation, marked)
 
 
 def completed(run: RunFolder, attempts: Sequence[Attempt]) -> bool:
     """Whether every attempt has its completion."""
-    return {attempt.key for attempt in attempts} <= {one.key for one in run.records(COMPLETIONS, Completion)}
+    return {attempt.key for attempt in attempts} <= {one.key for one in run.stream(COMPLETIONS, Completion)}
 
 
 def to_completion(
@@ -83,20 +94,16 @@ def to_completion(
     split = split_thoughts(ids, marked, inside=inside) if marked else Split(first=0, last=0, answer=0, unfinished=False)
     answer = ids[split.answer :]
     lead = () if split.answer or inside else attempt.prefill_ids
-    before = tokenizer.decode(lead, skip_special_tokens=True)
-    ends = [
-        len(_after(before, tokenizer.decode((*lead, *answer[:count]), skip_special_tokens=True)))
-        for count in range(1, len(answer) + 1)
-    ]
+    text, ends = added_text(lambda some: str(tokenizer.decode(some, skip_special_tokens=True)), lead, answer)
     return Completion(
         prompt_id=attempt.prompt_id,
         attack=attempt.attack,
         variant=attempt.variant,
         sample=attempt.sample,
         status=continuation.status,
-        text=_after(before, tokenizer.decode((*lead, *answer), skip_special_tokens=True)),
+        text=text,
         token_ids=ids,
-        char_ends=tuple(ends),
+        char_ends=ends,
         thoughts=tokenizer.decode(ids[split.first : split.last], skip_special_tokens=True),
         num_thought_tokens=split.answer,
         prefill_in_thoughts=inside,
@@ -104,12 +111,6 @@ def to_completion(
         num_input_tokens=num_input,
         reason=f"no answer: still thinking after {len(ids)} tokens" if split.unfinished else continuation.reason,
     )
-
-
-def _after(before: str, whole: str) -> str:
-    """What `whole` adds to `before`; a character split over the border (U+FFFD in `before`) belongs to the addition."""
-    kept = before.rstrip("�")
-    return whole[len(kept) :] if whole.startswith(kept) else whole[len(before) :]
 
 
 def judge_completions(
@@ -122,18 +123,18 @@ def judge_completions(
     """Verdicts on every completion, those that are missing appended to the judge's own file."""
     name = f"verdicts.{judge.name}.jsonl"
     by_key = {attempt.key: attempt for attempt in attempts}
-    verdicts = [verdict for verdict in run.records(name, Verdict) if verdict.key in by_key]
+    verdicts = [verdict for verdict in run.stream(name, Verdict) if verdict.key in by_key]
     done = {verdict.key for verdict in verdicts}
-    completions = [c for c in run.records(COMPLETIONS, Completion) if c.key in by_key]
-    todo = [completion for completion in completions if completion.key not in done]
-    progress("judging", len(done), len(completions))
+    total = sum(completion.key in by_key for completion in run.stream(COMPLETIONS, Completion))
+    # Completions are read again and again rather than held: their text and ids are most of a run.
+    todo = (one for one in run.stream(COMPLETIONS, Completion) if one.key in by_key and one.key not in done)
+    progress("judging", len(done), total)
     with run.appender(name) as out:
-        for start in range(0, len(todo), _JUDGE_BATCH):
-            part = todo[start : start + _JUDGE_BATCH]
+        while part := list(islice(todo, _JUDGE_BATCH)):
             fresh = judge_batch(judge, [(by_key[completion.key], completion) for completion in part])
             out.append(fresh)
             verdicts += fresh
-            progress("judging", len(done) + start + len(part), len(completions))
+            progress("judging", len(verdicts), total)
     return verdicts
 
 

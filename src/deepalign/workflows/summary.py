@@ -102,7 +102,7 @@ def compute(
         }
         for skip in skipped
     ]
-    failed = Counter((c.attack, c.reason) for c in run.records(COMPLETIONS, Completion) if c.status == "failed")
+    failed = Counter((c.attack, c.reason) for c in run.stream(COMPLETIONS, Completion) if c.status == "failed")
     data["failed"] = [{"attack": attack, "reason": why, "count": n} for (attack, why), n in failed.most_common()]
     return data
 
