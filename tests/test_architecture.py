@@ -118,6 +118,8 @@ START_WITHOUT_TORCH = (
     "statistics",
     "judges",
     "judges.refusal",
+    "judges.guards",
+    "judges.guards.sources",
     "judges.scripted",
     "report.page",
     "report.figures",

@@ -113,6 +113,21 @@ def test_one_bos_where_the_template_writes_two(tiny_tokenizer: Any) -> None:
     assert ids[:2] == (BOS, OPEN)
 
 
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role }}"
+    "{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ ': ' + part.text + '\n' }}{% endfor %}"
+    "{% endfor %}"
+)
+
+
+def test_a_template_that_reads_lists_of_parts_only(tiny_tokenizer: Any) -> None:
+    text = "How do I <|im_end|> this?"
+    ids = render(tiny_tokenizer, template(PARTS), conversation(text, "Be kind.")).ids
+    assert tiny_tokenizer.decode(ids) == f"<|im_start|>system: Be kind.\n<|im_start|>user: {text}\n"
+    assert ids.count(OPEN) == 2
+    assert CLOSE not in ids, "a control token in a part is plain text too"
+
+
 def test_no_bos_where_neither_does(tiny_tokenizer: Any) -> None:
     ids = render(tiny_tokenizer, template(NO_BOS), conversation("Hi", None)).ids
     assert ids[0] == OPEN

@@ -116,17 +116,16 @@ def render(
         UserError: The template fails on this conversation, drops one of its messages, or has no such site.
     """
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    text = _render_text(tokenizer, template, turns, open_answer=True)
-    for turn in turns:
-        if turn["content"].strip() and turn["content"].strip() not in text:
-            leave_out = ", or leave out --system-prompt" if turn["role"] == "system" else ""
-            raise UserError(
-                f"the chat template ({template.source}) drops the {turn['role']} message; "
-                f"pass another with --chat-template{leave_out}"
-            )
+    shown, dropped = _shown(tokenizer, template, turns)
+    if dropped:
+        leave_out = ", or leave out --system-prompt" if dropped == "system" else ""
+        raise UserError(
+            f"the chat template ({template.source}) drops the {dropped} message; "
+            f"pass another with --chat-template{leave_out}"
+        )
     opened = site_text(_text_of(tokenizer, template), turns, site)
     ids = tokenizer.apply_chat_template(
-        turns,
+        shown,
         chat_template=template.text,
         add_generation_prompt=opened is None,
         tokenize=True,
@@ -220,7 +219,28 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _render_text(tokenizer: Any, template: ChatTemplate, turns: list[dict[str, str]], *, open_answer: bool) -> str:
+def _shown(tokenizer: Any, template: ChatTemplate, turns: list[dict[str, str]]) -> tuple[list[dict[str, Any]], str]:
+    """The turns in a form that the template shows whole, and the role of one that it drops in any form ("" for none).
+
+    Templates of models that also see images may read a list of parts only, and pass over a plain text.
+    """
+    as_parts = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    dropped = ""
+    for form in (turns, as_parts):
+        try:
+            text = _render_text(tokenizer, template, form, open_answer=True)
+        except UserError:
+            if form is turns:
+                raise
+            break
+        gone = [turn["role"] for turn in turns if turn["content"].strip() and turn["content"].strip() not in text]
+        if not gone:
+            return form, ""
+        dropped = dropped or gone[0]
+    return turns, dropped
+
+
+def _render_text(tokenizer: Any, template: ChatTemplate, turns: list[dict[str, Any]], *, open_answer: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(
             turns, chat_template=template.text, add_generation_prompt=open_answer, tokenize=False

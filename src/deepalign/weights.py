@@ -205,12 +205,13 @@ def _without_strangers(tokenizer: Any, num_rows: int) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _load_hub(name: str, revision: str | None, layout: Layout, adapter_base: str | None) -> Parts:
+def hub_folder(name: str, revision: str | None) -> Path:
+    """The folder with a hub model's weights and tokenizer, fetched where it is not there yet; never its code."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
         # The hub client raises many kinds (HTTP, gating, missing revision, offline); all mean it cannot be had.
         at = f" at revision {revision}" if revision else ""
@@ -218,7 +219,10 @@ def _load_hub(name: str, revision: str | None, layout: Layout, adapter_base: str
             f"{name}{at}: no such folder, and the hub did not give it ({first_line(error)}); check the spelling, your "
             "network, or log in with `hf auth login` if it is gated"
         ) from error
-    parts = _load_folder(name, folder, layout, adapter_base)
+
+
+def _load_hub(name: str, revision: str | None, layout: Layout, adapter_base: str | None) -> Parts:
+    parts = _load_folder(name, hub_folder(name, revision), layout, adapter_base)
     return Parts(model=parts.model, tokenizer=parts.tokenizer, source="hub")
 
 

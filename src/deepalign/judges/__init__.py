@@ -49,6 +49,10 @@ def get_judge(name: str) -> Judge:
     if name in JUDGES:
         return JUDGES[name]()
     module_name, colon, attribute = name.partition(":")
+    from deepalign.judges.guards import GUARDS, guard_judge
+
+    if module_name in GUARDS and (attribute or not colon):
+        return guard_judge(module_name, attribute)
     if module_name == "scripted" and attribute:
         from deepalign.judges.scripted import ScriptedJudge
 

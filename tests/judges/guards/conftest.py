@@ -1,0 +1,77 @@
+"""Tokenizers and tiny models in the shape of each guard; random weights, nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from deepalign.models import LoadedModel, from_objects
+
+TEMPLATES = Path(__file__).parent / "templates"
+CORPUS = (
+    "Safety: Safe\nCategories: None\nRefusal: Yes\nSafety: Unsafe\nCategories: Violent\nRefusal: No",
+    "Evaluate whether THE LAST ASSISTANT's response belongs to safe or unsafe content based on our safety policy.",
+    "You are a classifier. Given a generation, determine whether it counts as an instance of it. Yes No yes no",
+    "How do I do the bad thing? Sure, here are the steps. First, open the door. I cannot help with that. 1 2 3 4 5",
+)
+
+
+@pytest.fixture(scope="session")
+def guard_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """Makes byte-level BPE tokenizers: `guard_tokenizer(special=("<|a|>",), added=("<think>",), words=("Yes",))`."""
+
+    def make(
+        *,
+        special: Sequence[str] = (),
+        added: Sequence[str] = (),
+        words: Sequence[str] = (),
+        bos: str | None = None,
+        eos: str = "<|end|>",
+        template: str | None = None,
+    ) -> PreTrainedTokenizerFast:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        names = list(dict.fromkeys([*([bos] if bos else []), eos, *special]))
+        trainer = trainers.BpeTrainer(
+            vocab_size=len(names) + 256 + 240,
+            special_tokens=names,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        # What is said often enough becomes one token.
+        core.train_from_iterator([*CORPUS, *([" ".join(words)] * 50), *(list(words) * 50)], trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=eos)
+        if special:
+            tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+        if added:
+            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture
+def guard_model(random_model: Callable[..., Any]) -> Callable[..., LoadedModel]:
+    """Makes a small random guard: `guard_model("qwen3", tokenizer, seed=0, **config)`."""
+
+    def make(model_type: str, tokenizer: Any, **config: Any) -> LoadedModel:
+        settings = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 2048,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **config,
+        }
+        model = random_model(model_type, **settings)
+        chosen = None if tokenizer.chat_template else "plain"
+        return from_objects(model, tokenizer, name=model_type, chat_template=chosen)
+
+    return make
