@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import queue
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -93,17 +94,24 @@ class Client:
             self._opened = opened
         return self._opened
 
-    def send(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+    def send(
+        self, requests: Sequence[Request], *, keep: Callable[[int, Reply], None] | None = None
+    ) -> Iterator[tuple[int, Reply]]:
         """Replies with the index of their request, as they come; each request exactly once.
 
         Closing the iterator early cancels what is under way.
+
+        Args:
+            requests: What to send.
+            keep: Called with each reply as soon as it is there, in another thread, whether or not the iterator comes
+                to it: for what must not be paid for twice.
 
         Raises:
             ServersGoneError: No server is left; replies that were there have been yielded.
         """
         if not requests:
             return
-        sending = _Sending(self, self.open(), list(requests))
+        sending = _Sending(self, self.open(), list(requests), keep)
         thread = threading.Thread(target=sending.run, name="deepalign-endpoints", daemon=True)
         thread.start()
         try:
@@ -132,11 +140,18 @@ def _discovered(server: Server) -> Server | UserError:
 class _Sending:
     """One call of `send`: its loop, its queues, its connections."""
 
-    def __init__(self, client: Client, servers: Sequence[Server], requests: list[Request]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        servers: Sequence[Server],
+        requests: list[Request],
+        keep: Callable[[int, Reply], None] | None,
+    ) -> None:
         self.out: queue.SimpleQueue[tuple[int, Reply] | BaseException | None] = queue.SimpleQueue()
         self._client = client
         self._servers = servers
         self._requests = requests
+        self._keep = keep
         self._routes = Routes(
             [str(number) for number in range(len(servers))],
             [request.prefix for request in requests],
@@ -208,9 +223,12 @@ class _Sending:
         request = self._requests[index]
         self._started.setdefault(index, time.monotonic())
         body = {"model": server.model, **request.body} if server.model else request.body
+        # ASCII, since half of a surrogate pair in a text has no UTF-8.
+        content = json.dumps(body, ensure_ascii=True).encode()
+        headers = {"Content-Type": "application/json", **server.headers()}
         try:
             async with asyncio.timeout(self._client.timeout_seconds):
-                answer = await connections.post(server.address(request.path), json=body, headers=server.headers())
+                answer = await connections.post(server.address(request.path), content=content, headers=headers)
             return read_answer(server, request.path, answer.status_code, answer.headers, answer.content)
         except (TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout):
             return Fault(reason=f"no whole answer within {self._client.timeout_seconds:g} seconds")
@@ -268,4 +286,6 @@ class _Sending:
                 prompt_tokens=tokens(body, "prompt_tokens"),
                 completion_tokens=tokens(body, "completion_tokens"),
             )
+        if self._keep is not None:
+            self._keep(index, reply)
         self.out.put((index, reply))

@@ -44,6 +44,18 @@ def _refusal() -> Judge:
 JUDGES: dict[str, Callable[[], Judge]] = {"refusal": _refusal}
 
 
+ENDPOINT_JUDGES = {
+    "rubric": "rubric:MODEL@URL: levels 1 to 5 of a usage policy, harmful at 5, as the paper has it",
+    "strongreject": "strongreject:MODEL@URL: is it refused, convincing, specific?",
+}
+
+
+def _on_endpoint(rubric: str, rest: str) -> Judge:
+    from deepalign.judges.endpoint_spec import rubric_judge, strongreject_judge
+
+    return rubric_judge(rest) if rubric == "rubric" else strongreject_judge(rest)
+
+
 def get_judge(name: str) -> Judge:
     """The judge called `name`: a built-in name, "scripted:FILE" or an import path "module:Name"."""
     if name in JUDGES:
@@ -53,12 +65,14 @@ def get_judge(name: str) -> Judge:
 
     if module_name in GUARDS and (attribute or not colon):
         return guard_judge(module_name, attribute)
+    if module_name in ENDPOINT_JUDGES:
+        return _on_endpoint(module_name, attribute)
     if module_name == "scripted" and attribute:
         from deepalign.judges.scripted import ScriptedJudge
 
         return ScriptedJudge.from_file(Path(attribute))
-    known = f'known judges: {", ".join(JUDGES)}, "scripted:FILE", "module:Name"'
-    close = difflib.get_close_matches(name, [*JUDGES, "scripted:FILE"], n=2)
+    known = f'known judges: {", ".join(JUDGES)}, {", ".join(ENDPOINT_JUDGES)}:MODEL@URL, "scripted:FILE", "module:Name"'
+    close = difflib.get_close_matches(name, [*JUDGES, *ENDPOINT_JUDGES, "scripted:FILE"], n=2)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     if not (colon and module_name and attribute):
         raise UserError(f"unknown judge {name!r}{hint} ({known})")
