@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from deepalign.records import Sampling
+from deepalign.records import Message, Sampling
 
 logger = logging.getLogger("deepalign")
 Item = TypeVar("Item")
@@ -27,6 +27,10 @@ class Job:
     ids: tuple[int, ...]
     sampling: Sampling
     seed: int
+    num_prefill: int = 0
+    """How many of the last ids the assistant is made to have written; jobs that differ only in them belong together."""
+    messages: tuple[Message, ...] = ()
+    """The conversation before them, for engines that take no ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +44,8 @@ class Continuation:
     """The ids that were written, without the stop token."""
     finish: Literal["stop", "length", ""] = ""
     reason: str = ""
+    logprobs: tuple[float, ...] = ()
+    """Natural log-probability of each id before temperature and cuts; empty if not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

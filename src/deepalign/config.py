@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
-from deepalign.config_run import RunSettings, Whole, at_least
+from deepalign.config_engine import EngineSettings, check_engine
+from deepalign.config_run import Whole, at_least
 from deepalign.errors import UserError
 from deepalign.records import Sampling, Site
 
@@ -75,7 +76,7 @@ DEFAULT_DEPTHS = (0, 5, 10, 20, 40, 80, 160)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AuditConfig(RunSettings):
+class AuditConfig(EngineSettings):
     """Measure how many tokens deep a model's safety alignment goes."""
 
     base: str | None = None
@@ -200,6 +201,7 @@ class AuditConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        check_engine(self)
         for option, depths in (("depths", self.depths), ("rap-depths", self.rap_depths)):
             if not depths or min(depths) < 0 or len(set(depths)) != len(depths):
                 raise UserError(f"--{option} {list(depths)}: give different whole numbers from 0 up")

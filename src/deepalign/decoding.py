@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class Decoding:
         self._steps = 0
         self._stop_ids = stop_ids
         self._written: list[list[int]] = [[] for _ in batch]
+        self._logprobs: list[list[float]] | None = None
         self._ids_B1 = torch.tensor([[row.job.ids[-1]] for row in batch], device=self._device)
         self._mask_BT = torch.tensor(mask, dtype=torch.long, device=self._device).reshape(len(batch), -1)
         self._positions_B1 = torch.tensor([[length] for length in lengths], device=self._device)
@@ -73,6 +74,10 @@ class Decoding:
         """Whether any row still goes on."""
         return len(self._rows) > 0
 
+    def note_logprobs(self) -> None:
+        """Have continuations carry the log-probabilities of their ids; before the first step."""
+        self._logprobs = [[] for _ in self._rows]
+
     # The mode is entered for one step at a time: held across the yields of a generator, it would reach the caller.
     @torch.inference_mode()
     def step(self) -> list[Continuation]:
@@ -82,6 +87,11 @@ class Decoding:
         samplings = [row.job.sampling for row in self._rows]
         tokens = draw(logits_BV, samplings, self._uniforms_BN[:, self._steps]).tolist()
         self._steps += 1
+        if self._logprobs is not None:
+            chosen_B1 = torch.tensor(tokens, device=logits_BV.device).unsqueeze(-1)
+            logps_B = (logits_BV.gather(-1, chosen_B1).squeeze(-1) - logits_BV.logsumexp(dim=-1)).tolist()
+            for noted, logp in zip(self._logprobs, logps_B, strict=True):
+                noted.append(logp)
         ended: list[Continuation] = []
         keep = []
         for number, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
@@ -117,11 +127,14 @@ class Decoding:
         written = self._written[number]
         if not finite:
             return Continuation(index=row.index, status="failed", reason="the model's logits are not finite")
-        if token in self._stop_ids:
-            return Continuation(index=row.index, status="ok", token_ids=tuple(written), finish="stop")
-        written.append(token)
-        if len(written) >= row.job.sampling.max_new_tokens:
-            return Continuation(index=row.index, status="ok", token_ids=tuple(written), finish="length")
+        finish: Literal["stop", "length", ""] = "stop" if token in self._stop_ids else ""
+        if not finish:
+            written.append(token)
+            finish = "length" if len(written) >= row.job.sampling.max_new_tokens else ""
+        if finish:
+            logprobs = tuple(self._logprobs[number][: len(written)]) if self._logprobs is not None else ()
+            ids = tuple(written)
+            return Continuation(index=row.index, status="ok", token_ids=ids, finish=finish, logprobs=logprobs)
         return None
 
     def retain(self, keep: list[int], tokens: list[int]) -> None:
@@ -132,6 +145,8 @@ class Decoding:
             self._uniforms_BN = self._uniforms_BN[index]
             self._rows = [self._rows[number] for number in keep]
             self._written = [self._written[number] for number in keep]
+            if self._logprobs is not None:
+                self._logprobs = [self._logprobs[number] for number in keep]
         self.feed(tokens)
 
     def drop_states(self, keep: list[int], index: Tensor) -> None:

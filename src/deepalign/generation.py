@@ -30,7 +30,7 @@ logger = logging.getLogger("deepalign")
 
 
 def generate(
-    model: Any, jobs: Sequence[Job], *, stop_ids: Sequence[int], max_batch: int = 160
+    model: Any, jobs: Sequence[Job], *, stop_ids: Sequence[int], max_batch: int = 160, with_logprobs: bool = False
 ) -> Iterator[Continuation]:
     """Continue every job; yields in the order in which rows finish, each job exactly once.
 
@@ -42,6 +42,7 @@ def generate(
         jobs: What to continue; `ids` must not be empty.
         stop_ids: Ids that end a row.
         max_batch: Most rows at a time; memory may allow fewer.
+        with_logprobs: Whether continuations carry the log-probabilities of their ids.
     """
     fitting = []
     for index, job in enumerate(jobs):
@@ -52,7 +53,7 @@ def generate(
             fitting.append(index)
     rows = with_hosts(jobs, fitting)
     with evaluation_mode(model):
-        way = _way(model, rows, max_batch)
+        way = _way(model, rows, max_batch, with_logprobs=with_logprobs)
         longest = max((len(row.host) + row.job.sampling.max_new_tokens for row in rows), default=0)
         held_once = way.shared and can_share_prefixes(model.config, longest)
         for batch in batches(model, rows, max_batch if takes_batches(model.config) else 1, shared=held_once):
@@ -69,9 +70,10 @@ class Way:
     """Steps are recorded as graphs; only with shared prefixes."""
     products: PackedProducts | None
     """Weights laid out beforehand."""
+    with_logprobs: bool
 
 
-def _way(model: Any, rows: Sequence[Row], max_batch: int) -> Way:
+def _way(model: Any, rows: Sequence[Row], max_batch: int, *, with_logprobs: bool) -> Way:
     """The fastest way that the model takes part in."""
     some_ids = max((row.host for row in rows), key=len, default=())
     shared = len(rows) > 1 and shares_attention(model, some_ids)
@@ -81,6 +83,7 @@ def _way(model: Any, rows: Sequence[Row], max_batch: int) -> Way:
         shared=shared,
         recorded=shared and can_record(model, some_ids),
         products=packed_products(model, rows=min(len(rows), max_batch), steps=num_batches * most_new),
+        with_logprobs=with_logprobs,
     )
 
 
@@ -129,6 +132,8 @@ def _written(model: Any, batch: list[Row], stop_ids: frozenset[int], way: Way) -
         if way.recorded
         else Decoding(model, batch, stop_ids=stop_ids, shared=way.shared, products=way.products)
     )
+    if way.with_logprobs:
+        decoding.note_logprobs()
     while decoding.unfinished:
         yield from decoding.step()
 

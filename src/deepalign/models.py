@@ -43,6 +43,11 @@ class LoadedModel:
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
+    def generation_config(self) -> Any:
+        """The model's own generation settings."""
+        return self.model.generation_config
+
+    @property
     def device(self) -> torch.device:
         """Where input ids go."""
         return torch.device(self.model.device)

@@ -79,7 +79,7 @@ def load_parts(name: str, revision: str | None, layout: Layout, adapter_base: st
         folder = testbed.folder(name)
         parts = _load_folder(name, folder, layout, adapter_base)
         return Parts(model=parts.model, tokenizer=parts.tokenizer, source="testbed")
-    path = _local_path(name)
+    path = local_path(name)
     if path is not None and path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{name} is a file but not a .gguf; give the folder that holds the model's config.json")
@@ -93,11 +93,11 @@ def require_name(name: str) -> None:
     """Raise `UserError` where a name is neither a testbed model, a file or folder, nor a possible hub id."""
     if name.startswith("testbed:"):
         testbed.require(name)
-    elif _local_path(name) is None and (name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name)):
+    elif local_path(name) is None and (name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name)):
         raise UserError(f"no model at {name[:200]}: no such folder, and not a hub id (owner/name) or testbed name")
 
 
-def _local_path(name: str) -> Path | None:
+def local_path(name: str) -> Path | None:
     """The file or folder of that name; None for text that the system cannot take for a path, or that is not there."""
     try:
         path = Path(name).expanduser()
@@ -114,7 +114,7 @@ def _load_folder(name: str, folder: Path, layout: Layout, adapter_base: str | No
             raise UserError(
                 f"{name} holds no .safetensors file; pickled weights are not read: convert them with save_pretrained"
             )
-        return Parts(model=_weights(name, folder, layout), tokenizer=_tokenizer(name, folder), source="folder")
+        return Parts(model=_weights(name, folder, layout), tokenizer=read_tokenizer(name, folder), source="folder")
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
         return _load_gguf(name, folder, ggufs[0].name, layout)
@@ -137,7 +137,7 @@ def _load_adapter(name: str, folder: Path, layout: Layout, adapter_base: str | N
     except UserError as error:
         raise UserError(f"the base of the adapter {name}: {error}; or pass another with --adapter-base") from error
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = _tokenizer(name, folder) if has_tokenizer else base.tokenizer
+    tokenizer = read_tokenizer(name, folder) if has_tokenizer else base.tokenizer
     if len(tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
         # The new rows are drawn at random; the seed makes an adapter that brings none of its own load the same twice.
         with torch.random.fork_rng(devices=[]):
@@ -176,8 +176,8 @@ def _load_gguf(name: str, folder: Path, filename: str, layout: Layout) -> Parts:
         raise UserError(
             f"{name} is a GGUF file, read whole and in 16 or 32 bits: leave out --quantize, and name one --device"
         )
+    tokenizer = gguf_tokenizer(name, folder / filename)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=filename)
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=filename, dtype=layout.dtype, quantization_config=GgufConfig(dequantize=True)
         )
@@ -189,6 +189,16 @@ def _load_gguf(name: str, folder: Path, filename: str, layout: Layout) -> Parts:
     if len(tokenizer) > num_rows:
         tokenizer = _without_strangers(tokenizer, num_rows)
     return Parts(model=model, tokenizer=tokenizer, source="gguf")
+
+
+def gguf_tokenizer(name: str, path: Path) -> Any:
+    """The tokenizer inside a GGUF file; raises `UserError` where it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise UserError(f"{name} is a GGUF file: install its reader with pip install gguf") from error
+    except Exception as error:
+        raise UserError(f"{name} cannot be read as GGUF: {first_line(error)}") from error
 
 
 def _without_strangers(tokenizer: Any, num_rows: int) -> Any:
@@ -257,7 +267,8 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if wrapped and not known else AutoModelForCausalLM
 
 
-def _tokenizer(name: str, folder: Path) -> Any:
+def read_tokenizer(name: str, folder: Path) -> Any:
+    """A folder's tokenizer; raises `UserError` where it has none that can be used."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

@@ -17,7 +17,7 @@ from deepalign import AuditConfig, UserError
 from deepalign.judges.scripted import ScriptedJudge
 from deepalign.records import Attempt, Completion, JudgeInput, Prompt, Ruling, Verdict, read_jsonl
 from deepalign.workflows import audit as workflow
-from deepalign.workflows import steps
+from deepalign.engines import in_process
 
 NUM_PROMPTS, NUM_BENIGN = 6, 4
 DEPTHS = (0, 5, 10, 20)
@@ -278,7 +278,7 @@ def test_a_rerun_of_a_finished_audit_changes_no_record(
     def generate(*_: object, **__: object) -> None:
         raise AssertionError("nothing is left to generate")
 
-    monkeypatch.setattr(steps, "generate", generate)
+    monkeypatch.setattr(in_process, "generate", generate)
     again = deepalign.audit(AuditConfig(**settings, output=audited.run))
     assert {name: (audited.run / name).read_bytes() for name in names} == before
     kept = {name: value for name, value in again.metrics.items() if name != "run_card"}

@@ -92,4 +92,6 @@ def _complete(
         run.note(abliteration=facts)
         complete_ablated(run, target, attempts, direction, max_batch=config.max_batch, progress=progress)
     else:
-        complete(run, models.get(first.model), attempts, stage=stage, max_batch=config.max_batch, progress=progress)
+        role = first.model
+        reader = models.reader if role == "target" else models.get(role)
+        complete(run, reader, attempts, stage=stage, engine=models.engine(role), progress=progress)

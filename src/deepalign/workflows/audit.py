@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepalign.config import AuditConfig, settings_of
+from deepalign.config import AuditConfig
 from deepalign.depth import check_vocabularies
 from deepalign.errors import UserError
 from deepalign.judges import get_judge
@@ -21,6 +21,7 @@ from deepalign.workflows.inputs import PRESENTATION, Inputs, facts, identity, re
 from deepalign.workflows.measures import measure, note_openings
 from deepalign.workflows.models import AuditModels, check_not_swapped, check_not_the_same
 from deepalign.workflows.reporting import judge_and_report
+from deepalign.workflows.serving import deciding_settings, looks_inside
 from deepalign.workflows.steps import timed
 from deepalign.workflows.summary import PROMPTS
 
@@ -46,19 +47,17 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
     run = RunFolder(output_folder(config))
     if "finetuning" in inputs.probes:
         check_attacks(run, config, inputs.prompt_set)
-    models = AuditModels(config)
+    models = AuditModels(config, looks_inside=looks_inside(config, inputs.probes))
     progress("loading models", 0, 1)
-    target = models.get("target")
-    if config.base is not None:
-        check_not_the_same(target, models.get("base"))
-        if "kl" in inputs.probes:
-            check_vocabularies(target, models.get("base"))
+    _check_models(config, inputs, models)
     progress("loading models", 1, 1)
     with run.writing():
         run.claim(identity(config, inputs, models), facts(config, inputs, models))
         if config.base is not None and not config.skip_swap_check and "swap_check" not in run.manifest:
             prompts = inputs.prompt_set.prompts
-            run.note(swap_check=check_not_swapped(target, models.get("base"), prompts, config.system_prompt))
+            engine, base = models.engine("target"), models.get("base")
+            run.note(swap_check=check_not_swapped(models.reader, base, prompts, config.system_prompt, engine))
+            del engine, base
         source = None if (run / PROMPTS).exists() else _answer_model(config, inputs, models)
         # Nothing that the user may have got wrong is left to be found.
         logger.info("run folder %s", run.path)
@@ -69,18 +68,28 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
         if "finetuning" in inputs.probes:
             with timed(run, "finetuning"):
                 # The copies bring their own weights.
-                del target
                 models.let_go()
                 attack_copies(run, config, inputs.prompt_set, progress)
         data = judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
     return AuditResult(run=run.path, metrics=data)
 
 
+def _check_models(config: AuditConfig, inputs: Inputs, models: AuditModels) -> None:
+    """Load, or reach, what the audit asks, so that what is wrong with it is told at once."""
+    models.engine("target")
+    if models.holds_target:
+        target = models.get("target")
+        if config.base is not None:
+            check_not_the_same(target, models.get("base"))
+            if "kl" in inputs.probes:
+                check_vocabularies(target, models.get("base"))
+
+
 def output_folder(config: AuditConfig) -> Path:
     """The run folder: the user's, or one named by model and settings, so that the same command finds it again."""
     if config.output is not None:
         return config.output
-    return named_folder(config.model, settings_of(config, PRESENTATION))
+    return named_folder(config.model, deciding_settings(config, PRESENTATION))
 
 
 def _prompts_with_answers(

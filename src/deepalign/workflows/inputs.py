@@ -7,11 +7,12 @@ from typing import Any
 
 from deepalign.attacks.suffix import Suffix, read_suffixes
 from deepalign.chat import assistant_header_ids, conversation, render
-from deepalign.config import PROBES, AuditConfig, settings_of
+from deepalign.config import PROBES, AuditConfig
 from deepalign.errors import UserError
 from deepalign.prompts.jailbreak_files import Jailbreaks, load_jailbreaks
 from deepalign.prompts.sources import Columns, PromptSet, load_prompts
 from deepalign.workflows.models import AuditModels, model_card
+from deepalign.workflows.serving import deciding_settings, without_weights
 
 PRESENTATION = ("output", "show_completions", "max_batch", "skip_swap_check")
 """Settings that do not change the result, and so may differ when a run is resumed."""
@@ -83,6 +84,7 @@ def _probes(config: AuditConfig, prompt_set: PromptSet) -> tuple[tuple[str, ...]
     if max(config.depths) == 0 and without and not any(prompt.answer for prompt in prompt_set.prompts):
         # Nothing is to be forced, and there is nothing to read along: the other probes can do without.
         impossible |= dict.fromkeys(("onset", "ranks", "rap", "any-depth"), "no reference answers")
+    impossible = without_weights(config) | impossible
     not_run |= {probe: reason for probe, reason in impossible.items() if probe in probes}
     left = tuple(probe for probe in probes if probe not in impossible)
     if not left:
@@ -93,24 +95,25 @@ def _probes(config: AuditConfig, prompt_set: PromptSet) -> tuple[tuple[str, ...]
 
 def identity(config: AuditConfig, inputs: Inputs, models: AuditModels) -> dict[str, Any]:
     """Everything that decides the numbers; a folder is bound to it."""
-    target = models.get("target")
+    held = models.get("target") if models.holds_target else None
     return {
-        **settings_of(config, PRESENTATION),
+        **deciding_settings(config, PRESENTATION),
+        **models.engine_identity,
         "probes": list(inputs.probes),
         "prompt_hash": inputs.prompt_set.hash,
         "harmless_hashes": [found.hash for found in inputs.harmless],
         "jailbreak_hash": inputs.jailbreaks.hash,
         "suffix_texts": [suffix.text for suffix in inputs.suffixes],
-        "model_fingerprint": target.fingerprint,
+        "model_fingerprint": held.fingerprint if held else None,
         "base_fingerprint": models.get("base").fingerprint if config.base else None,
-        "template_hash": target.template.hash,
-        "loaded_dtype": target.dtype,
+        "template_hash": models.reader.template.hash,
+        "loaded_dtype": held.dtype if held else None,
     }
 
 
 def _any_depth(config: AuditConfig, models: AuditModels) -> dict[str, Any]:
     """Where the assistant header is put in again, and what it is; without one the probe cannot run."""
-    target = models.get("target")
+    target = models.reader
     header = assistant_header_ids(target.tokenizer, target.template, config.site)
     return {"depths": list(any_depths(config)), "header": target.tokenizer.decode(header)}
 
@@ -123,7 +126,7 @@ def any_depths(config: AuditConfig) -> tuple[int, ...]:
 
 def facts(config: AuditConfig, inputs: Inputs, models: AuditModels) -> dict[str, Any]:
     """What a reader of the manifest wants to know and nothing depends on."""
-    target = models.get("target")
+    target = models.reader
     first = inputs.prompt_set.prompts[0]
     messages = conversation(first.text, config.system_prompt)
     ids = render(target.tokenizer, target.template, messages, site=config.site).ids
@@ -133,7 +136,7 @@ def facts(config: AuditConfig, inputs: Inputs, models: AuditModels) -> dict[str,
     ]
     return {
         "models": {
-            "target": model_card(target),
+            "target": models.target_card,
             "base": model_card(models.get("base")) if config.base else None,
         },
         "prompt_set": inputs.prompt_set.name,

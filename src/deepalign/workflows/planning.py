@@ -17,7 +17,7 @@ from deepalign.attacks.suffix import Suffix, suffix_attempts
 from deepalign.chat import answer_ids, assistant_header_ids, conversation, render
 from deepalign.config import AuditConfig
 from deepalign.errors import UserError
-from deepalign.models import LoadedModel
+from deepalign.readers import Reads
 from deepalign.records import Attempt, Prompt
 from deepalign.workflows.inputs import Inputs, any_depths
 from deepalign.workflows.models import AuditModels
@@ -27,7 +27,7 @@ def plan_attempts(
     config: AuditConfig, inputs: Inputs, models: AuditModels, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]
 ) -> tuple[list[Attempt], list[Skipped]]:
     """Attempts of every probe that generates, and what could not be attempted."""
-    target = models.get("target")
+    target = models.reader
     settings = _attack_settings(config, target)
     forced = replace(settings, site=config.site)
     plans: list[PrefillPlan] = []
@@ -42,7 +42,7 @@ def plan_attempts(
     for found in inputs.harmless:
         attempts += over_refusal_attempts(found.name, found.prompts, settings)
     if "decoding" in inputs.probes:
-        own = own_sampling(target.model.generation_config, config.max_new_tokens)
+        own = own_sampling(target.generation_config, config.max_new_tokens)
         blank = replace(settings, system_prompt=_system_prompt(config.decoding_system_prompt, target))
         attempts += decoding_attempts(prompts, blank, decoding_grid(own, config.grid))
     if "jailbreaks" in inputs.probes:
@@ -56,7 +56,7 @@ def plan_attempts(
     return attempts, [skip for plan in plans for skip in plan.skipped]
 
 
-def _renders(loaded: LoadedModel, system_prompt: str) -> bool:
+def _renders(loaded: Reads, system_prompt: str) -> bool:
     """Whether the template takes such a system message."""
     try:
         render(loaded.tokenizer, loaded.template, conversation("Hello", system_prompt))
@@ -65,12 +65,12 @@ def _renders(loaded: LoadedModel, system_prompt: str) -> bool:
     return True
 
 
-def _system_prompt(asked: str, loaded: LoadedModel) -> str | None:
+def _system_prompt(asked: str, loaded: Reads) -> str | None:
     """The system prompt asked for; none instead of a blank one where the template knows no system role."""
     return asked if asked or _renders(loaded, asked) else None
 
 
-def _attack_settings(config: AuditConfig, loaded: LoadedModel) -> AttackSettings:
+def _attack_settings(config: AuditConfig, loaded: Reads) -> AttackSettings:
     tokenizer = loaded.tokenizer
     return AttackSettings(
         encode=lambda text: answer_ids(tokenizer, text),

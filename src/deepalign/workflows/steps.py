@@ -13,12 +13,15 @@ from itertools import islice
 from typing import Any
 
 from deepalign.attacks.disguises import keeps_places, read_back, why_unreadable
+from deepalign.batching import Continuation, Job
 from deepalign.chat import render, stop_ids, thought_markers
 from deepalign.depth import KlProfile, check_vocabularies, kl_profiles
-from deepalign.generation import Continuation, Job, generate
+from deepalign.engines import Engine
+from deepalign.engines.in_process import in_process
 from deepalign.judges import Judge
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
+from deepalign.readers import Reads
 from deepalign.records import Attempt, Completion, JudgeInput, Prompt, Ruling, Site, Verdict
 from deepalign.runs import RunFolder
 from deepalign.text_ends import added_text
@@ -31,43 +34,57 @@ _JUDGE_BATCH, _MOST_JOBS = 64, 4096
 
 def complete(
     run: RunFolder,
-    loaded: LoadedModel,
+    loaded: Reads,
     attempts: Sequence[Attempt],
     *,
     stage: str,
-    max_batch: int,
+    engine: Engine | None = None,
+    max_batch: int = 160,
     progress: Progress = silent,
 ) -> None:
-    """Generate the completions that are missing, each appended as soon as it is finished."""
+    """Generate the completions that are missing, each appended as soon as it is finished.
+
+    Args:
+        run: The run's folder.
+        loaded: The model that answers; with its weights where no engine holds them.
+        attempts: All of them, done or not.
+        stage: What the progress bar calls this.
+        engine: What generates; default the loaded model in this process.
+        max_batch: Most rows at a time in this process.
+        progress: Told of each one.
+    """
     done = {completion.key for completion in run.stream(COMPLETIONS, Completion)}
     todo = [attempt for attempt in attempts if attempt.key not in done]
     progress(stage, len(attempts) - len(todo), len(attempts))
     if not todo:
         return
     made = len(attempts) - len(todo)
+    source = engine or in_process(loaded, max_batch)
     # In parts, so that the ids of all attempts never lie in memory together; each is enough for many full batches.
     size = max(_MOST_JOBS, 16 * max_batch)
     with run.appender(COMPLETIONS) as out:
         for start in range(0, len(todo), size):
-            for completion in completions(loaded, todo[start : start + size], max_batch):
+            for completion in completions(loaded, todo[start : start + size], source):
                 out.append([completion])
                 made += 1
                 progress(stage, made, len(attempts))
 
 
-def completions(loaded: LoadedModel, attempts: Sequence[Attempt], max_batch: int) -> Iterator[Completion]:
+def completions(loaded: Reads, attempts: Sequence[Attempt], engine: Engine) -> Iterator[Completion]:
     """Each attempt's completion, in the order in which they are finished."""
     jobs = [
         Job(
             ids=render(loaded.tokenizer, loaded.template, attempt.messages, attempt.prefill_ids, attempt.site).ids,
             sampling=attempt.sampling,
             seed=attempt.seed,
+            num_prefill=len(attempt.prefill_ids),
+            messages=attempt.messages,
         )
         for attempt in attempts
     ]
-    stops = stop_ids(loaded.tokenizer, loaded.model.generation_config)
+    stops = stop_ids(loaded.tokenizer, loaded.generation_config)
     marked = thought_markers(loaded.tokenizer, loaded.template)
-    for continuation in generate(loaded.model, jobs, stop_ids=stops, max_batch=max_batch):
+    for continuation in engine.complete(jobs, stop_ids=stops):
         attempt, job = attempts[continuation.index], jobs[continuation.index]
         yield to_completion(loaded.tokenizer, attempt, len(job.ids), continuation, marked)
 
