@@ -408,3 +408,20 @@ def test_batches_stay_within_the_memory_for_keys_and_values(
     assert written(model, alike) == expected[1]
     # Sixty tokens: one prefix and the new tokens of four rows, or three whole rows.
     assert max(rows) == (4 if shared else 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_log_probabilities_are_the_models_own(random_model: Callable[..., Any], temperature: float) -> None:
+    """Those of one plain pass over each finished row, whatever the temperature that it was drawn with."""
+    model = random_model("llama")
+    sampling = Sampling(temperature=temperature, top_p=0.9, top_k=5, max_new_tokens=7)
+    prompts = [(3, 4, 5, 6, 7), (3, 4, 5), (9, 8, 7, 6)]
+    jobs = [Job(ids=ids, sampling=sampling, seed=seed) for seed, ids in enumerate(prompts)]
+    plain = {made.index: made for made in generate(model, jobs, stop_ids=[11])}
+    for made in generate(model, jobs, stop_ids=[11], with_logprobs=True):
+        assert made.token_ids == plain[made.index].token_ids
+        assert plain[made.index].logprobs == ()
+        ids = (*prompts[made.index], *made.token_ids)
+        logps_TV = model(torch.tensor([ids])).logits[0].detach().log_softmax(dim=-1)
+        wanted = [float(logps_TV[place - 1, ids[place]]) for place in range(len(prompts[made.index]), len(ids))]
+        assert made.logprobs == pytest.approx(wanted, abs=1e-4)

@@ -14,10 +14,10 @@ import pytest
 
 import deepalign
 from deepalign import AuditConfig, UserError
+from deepalign.engines import in_process
 from deepalign.judges.scripted import ScriptedJudge
 from deepalign.records import Attempt, Completion, JudgeInput, Prompt, Ruling, Verdict, read_jsonl
 from deepalign.workflows import audit as workflow
-from deepalign.engines import in_process
 
 NUM_PROMPTS, NUM_BENIGN = 6, 4
 DEPTHS = (0, 5, 10, 20)

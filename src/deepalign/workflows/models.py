@@ -68,6 +68,8 @@ class AuditModels:
 
     def engine(self, role: Held) -> Engine:
         """What generates for a role."""
+        if role == "target" and self._config.engine != HF:
+            raise UserError(f"--engine {self._config.engine.partition(':')[0]} is not there yet; use hf")
         return in_process(self.get(role), self._config.max_batch)
 
     def get(self, role: Held) -> LoadedModel:
