@@ -18,11 +18,11 @@ from deepalign.generation import Continuation, Job, generate
 from deepalign.models import LoadedModel, from_objects
 from deepalign.records import Attempt, Completion, JudgeInput, Prompt, Ruling, Sampling, Verdict
 from deepalign.runs import RunFolder
+from deepalign.workflows.judging import judge_batch
 from deepalign.workflows.steps import (
     COMPLETIONS,
     KL,
     complete,
-    judge_batch,
     judge_completions,
     measure_kl,
     to_completion,

@@ -6,13 +6,11 @@ Each reads what is there, does what is missing, and appends; so each can be kill
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from deepalign.attacks.disguises import keeps_places, read_back, why_unreadable
 from deepalign.batching import Continuation, Job
 from deepalign.chat import render, stop_ids, thought_markers
 from deepalign.depth import KlProfile, check_vocabularies, kl_profiles
@@ -22,14 +20,15 @@ from deepalign.judges import Judge
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.readers import Reads
-from deepalign.records import Attempt, Completion, JudgeInput, Prompt, Ruling, Site, Verdict
+from deepalign.records import Attempt, Completion, Prompt, Site, Verdict
 from deepalign.runs import RunFolder
 from deepalign.text_ends import added_text
 from deepalign.thinking import Markers, Split, split_thoughts
 from deepalign.workflows.along import AlongAnswers, Forced
+from deepalign.workflows.judging import batch_of, judged
 
 ATTEMPTS, COMPLETIONS, KL = "attempts.jsonl", "completions.jsonl", "kl.jsonl"
-_JUDGE_BATCH, _MOST_JOBS = 64, 4096
+_MOST_JOBS = 4096
 
 
 def complete(
@@ -147,97 +146,12 @@ def judge_completions(
     todo = (one for one in run.stream(COMPLETIONS, Completion) if one.key in by_key and one.key not in done)
     progress("judging", len(done), total)
     with run.appender(name) as out:
-        while part := list(islice(todo, _JUDGE_BATCH)):
-            fresh = judge_batch(judge, [(by_key[completion.key], completion) for completion in part])
-            out.append(fresh)
-            verdicts += fresh
-            progress("judging", len(verdicts), total)
+        while part := list(islice(todo, batch_of(judge))):
+            for fresh in judged(judge, [(by_key[completion.key], completion) for completion in part]):
+                out.append(fresh)
+                verdicts += fresh
+                progress("judging", len(verdicts), total)
     return verdicts
-
-
-def judge_batch(judge: Judge, pairs: Sequence[tuple[Attempt, Completion]]) -> list[Verdict]:
-    """Verdicts on completions, alone and with their prefill; whatever fails is unscored with its reason."""
-    alone = _rulings(judge, [_seen(attempt, completion.text) for attempt, completion in pairs])
-    joined = _rulings(
-        judge, [_seen(attempt, _before(attempt, completion) + completion.text) for attempt, completion in pairs]
-    )
-    thinking = [(attempt, completion) for attempt, completion in pairs if completion.thoughts.strip()]
-    of_thoughts = dict(
-        zip(
-            [completion.key for _, completion in thinking],
-            _rulings(judge, [_seen(attempt, completion.thoughts) for attempt, completion in thinking])
-            if thinking
-            else [],
-            strict=True,
-        )
-    )
-    verdicts = []
-    for (attempt, completion), one, both in zip(pairs, alone, joined, strict=True):
-        thought = of_thoughts.get(completion.key)
-        if completion.status == "failed" or (completion.reason and not completion.text):
-            one = both = Ruling(status="unscored", outcome="unscored", reason=completion.reason)
-        one, both = _if_readable(attempt, completion, one), _if_readable(attempt, completion, both)
-        verdicts.append(
-            Verdict(
-                prompt_id=attempt.prompt_id,
-                attack=attempt.attack,
-                variant=attempt.variant,
-                sample=attempt.sample,
-                judge=judge.name,
-                status=one.status,
-                outcome=one.outcome,
-                reason=one.reason,
-                refusal_position=_position(attempt, completion, one.refusal_char),
-                status_with_prefix=both.status,
-                outcome_with_prefix=both.outcome,
-                reason_with_prefix=both.reason,
-                refuses=one.refuses,
-                score=one.score,
-                score_with_prefix=both.score,
-                raw=one.raw,
-                raw_with_prefix=both.raw,
-                outcome_of_thoughts=thought.outcome if thought else "",
-            )
-        )
-    return verdicts
-
-
-def _if_readable(attempt: Attempt, completion: Completion, ruling: Ruling) -> Ruling:
-    """A ruling of compliance, unless the answer to a disguised prompt says nothing that could be read."""
-    reason = why_unreadable(attempt.reading, completion.text) if ruling.status == "complied" else ""
-    return Ruling(status="unscored", outcome="unscored", reason=reason) if reason else ruling
-
-
-def _before(attempt: Attempt, completion: Completion) -> str:
-    """The part of the answer that was forced; a prefill inside the thoughts is none."""
-    return "" if completion.prefill_in_thoughts else attempt.prefill_text
-
-
-def _seen(attempt: Attempt, response: str) -> JudgeInput:
-    """What a judge is shown: what was asked for and what was answered, both without their disguise."""
-    asked = attempt.asked or attempt.messages[-1].content
-    return JudgeInput(prompt=asked, response=read_back(attempt.reading, response))
-
-
-def _rulings(judge: Judge, items: Sequence[JudgeInput]) -> list[Ruling]:
-    try:
-        rulings = judge.judge(items)
-    except Exception as error:
-        # A judge may be anybody's code; its failure is data, never a lost run.
-        reason = f"the judge failed: {type(error).__name__}: {error}"[:200]
-        return [Ruling(status="unscored", outcome="unscored", reason=reason) for _ in items]
-    if len(rulings) != len(items):
-        reason = f"the judge gave {len(rulings)} rulings for {len(items)} texts"
-        return [Ruling(status="unscored", outcome="unscored", reason=reason) for _ in items]
-    return list(rulings)
-
-
-def _position(attempt: Attempt, completion: Completion, refusal_char: int | None) -> int | None:
-    """Response position of the token that holds a character of the completion."""
-    if refusal_char is None or not keeps_places(attempt.reading):
-        return None
-    inside = completion.num_thought_tokens + bisect_right(completion.char_ends, refusal_char)
-    return len(attempt.prefill_ids) + min(inside, max(0, len(completion.token_ids) - 1))
 
 
 def measure_kl(
