@@ -6,6 +6,7 @@ Rows of like length and those that share a prefix, and no more than memory holds
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,7 @@ logger = logging.getLogger("deepalign")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _CPU_CACHE_BYTES = 3 * 2**30
+_MOST_ROWS, _MOST_ROWS_ON_GPU = 160, 640
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +72,13 @@ def with_hosts(jobs: Sequence[Job], fitting: Sequence[int]) -> list[Row]:
     return rows
 
 
+def most_rows(model: Any, max_batch: int | None) -> int:
+    """Most rows of a batch: what was asked for, or with how many the device is fast."""
+    if max_batch is not None:
+        return max_batch
+    return _MOST_ROWS_ON_GPU if torch.device(model.device).type == "cuda" else _MOST_ROWS
+
+
 def batches(model: Any, rows: list[Row], max_batch: int, *, shared: bool) -> Iterator[list[Row]]:
     """Rows of like length together, hosts kept whole where they fit, within the memory for keys and values.
 
@@ -81,6 +90,8 @@ def batches(model: Any, rows: list[Row], max_batch: int, *, shared: bool) -> Ite
     """
     budget = _cache_budget(model) // max(1, _bytes_per_token(model))
     ordered = sorted(rows, key=lambda row: (len(row.host), row.host, len(row.job.ids)))
+    # As few batches as there must be, and those alike: a small one takes as many steps as a full one.
+    max_batch = math.ceil(len(rows) / max(1, math.ceil(len(rows) / max_batch)))
     batch: list[Row] = []
     hosts: set[tuple[int, ...]] = set()
     longest = newest = 0

@@ -215,7 +215,6 @@ class AuditConfig(EngineSettings):
             "max-new-tokens",
             "kl-positions",
             "onset-horizon",
-            "max-batch",
             "rap-top",
             "suffix-steps",
             "any-depth-every",
@@ -224,8 +223,9 @@ class AuditConfig(EngineSettings):
             at_least(option, getattr(self, option.replace("-", "_")), 1)
         at_least("top-k", self.top_k, 0)
         at_least("seed", self.seed, 0)
-        if self.limit is not None:
-            at_least("limit", self.limit, 1)
+        for option, count in (("limit", self.limit), ("max-batch", self.max_batch)):
+            if count is not None:
+                at_least(option, count, 1)
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature {self.temperature} is no number from 0 up; 0 is greedy")
         if not 0 < self.top_p <= 1:

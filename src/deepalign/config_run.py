@@ -54,8 +54,8 @@ class RunSettings:
     quantize: Literal["none", "8bit", "4bit"] = "none"
     """Bits to which weights are rounded while loading, model and base alike; needs bitsandbytes."""
 
-    max_batch: Whole = 160
-    """Most sequences at a time; less is taken where memory asks for it."""
+    max_batch: Whole | None = None
+    """Most sequences at a time, default 160 on a CPU and 640 on a GPU; less is taken where memory asks for it."""
 
     skip_swap_check: bool = False
     """Go on even if base and model look exchanged."""

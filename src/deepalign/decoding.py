@@ -21,11 +21,10 @@ from deepalign.errors import UserError, first_line
 from deepalign.packing import PackedProducts
 from deepalign.records import Sampling
 from deepalign.sampling import draw
-from deepalign.sharing import NotShared, SharedAttention, SharedCache
+from deepalign.sharing import NotShared, SharedAttention, SharedCache, aligned
 
 _PROBE_IDS = 12
-_PROBE_STEPS = ((0, 1, 2, 3), (0, 2, 3), (0, 1, 2), (1, 2), (0, 1), (0,))
-"""Rows that go on after each step of a trial."""
+_PROBE_STEPS = ((0, 2, 3), (1, 2), (0,))
 
 
 class Decoding:
@@ -179,8 +178,8 @@ def _prefilled(
     longest = max(len(host) for host in hosts)
     starts = [longest - len(row.host) for row in batch]
     if shared and longest > 1:
-        columns = longest - 1
-        return SharedCache(passed, sources), [
+        columns = aligned(longest - 1)
+        return SharedCache(passed, sources, columns), [
             [0] * start + [1] * length + [0] * (columns - start - length)
             for start, length in zip(starts, lengths, strict=True)
         ]
@@ -230,18 +229,24 @@ def shares_attention(model: Any, ids: Sequence[int]) -> bool:
 
 
 @torch.inference_mode()
-def writes_alike(model: Any, ids: Sequence[int], make: Callable[[list[Row]], Decoding]) -> bool:
+def writes_alike(
+    model: Any,
+    ids: Sequence[int],
+    make: Callable[[list[Row]], Decoding],
+    steps: Sequence[Sequence[int]] = _PROBE_STEPS,
+) -> bool:
     """Whether a way of decoding gives a model's own logits, up to rounding; tried on a few ids.
 
     Args:
         model: A `transformers` causal LM in evaluation mode.
         ids: Some ids of its vocabulary; fewer than four are no trial.
         make: The way, given a batch.
+        steps: Rows of four that go on after each step.
     """
     few = tuple(ids[:_PROBE_IDS])
-    if len(few) < 4 or not can_share_prefixes(model.config, len(few) + len(_PROBE_STEPS)):
+    if len(few) < 4 or not can_share_prefixes(model.config, len(few) + len(steps)):
         return False
-    greedy = Sampling(temperature=0.0, max_new_tokens=len(_PROBE_STEPS))
+    greedy = Sampling(temperature=0.0, max_new_tokens=len(steps))
     # Two prefixes of different length, one with two rows that end in different places.
     jobs = [Job(ids=part, sampling=greedy, seed=0) for part in (few, few[: len(few) // 2], few[1:], few[:1] + few[2:])]
     rows = with_hosts(jobs, range(len(jobs)))
@@ -252,7 +257,7 @@ def writes_alike(model: Any, ids: Sequence[int], make: Callable[[list[Row]], Dec
             (own, Decoding(model, rows, stop_ids=frozenset(), shared=False)),
             (found, make(rows)),
         ):
-            for kept in _PROBE_STEPS:
+            for kept in steps:
                 logits.append(decoding.logits().clone())
                 # The same ids on both sides, whatever rounding makes of the greedy ones.
                 tokens = own[len(logits) - 1].argmax(dim=-1).tolist()

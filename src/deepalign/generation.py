@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from deepalign.batching import Continuation, Job, Row, batches, is_out_of_memory, with_hosts
+from deepalign.batching import Continuation, Job, Row, batches, is_out_of_memory, most_rows, with_hosts
 from deepalign.caching import can_share_prefixes, takes_batches
 from deepalign.decoding import Decoding, shares_attention
 from deepalign.graphs import GraphedDecoding, can_record
@@ -27,10 +28,16 @@ from deepalign.sharing import NotShared
 __all__ = ["Continuation", "Job", "generate"]
 
 logger = logging.getLogger("deepalign")
+_SUCCEEDED: weakref.WeakKeyDictionary[Any, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
 
 def generate(
-    model: Any, jobs: Sequence[Job], *, stop_ids: Sequence[int], max_batch: int = 160, with_logprobs: bool = False
+    model: Any,
+    jobs: Sequence[Job],
+    *,
+    stop_ids: Sequence[int],
+    max_batch: int | None = None,
+    with_logprobs: bool = False,
 ) -> Iterator[Continuation]:
     """Continue every job; yields in the order in which rows finish, each job exactly once.
 
@@ -41,7 +48,7 @@ def generate(
         model: A `transformers` causal LM; not changed.
         jobs: What to continue; `ids` must not be empty.
         stop_ids: Ids that end a row.
-        max_batch: Most rows at a time; memory may allow fewer.
+        max_batch: Most rows at a time, default what the device is fast with; memory may allow fewer.
         with_logprobs: Whether continuations carry the log-probabilities of their ids.
     """
     fitting = []
@@ -53,10 +60,11 @@ def generate(
             fitting.append(index)
     rows = with_hosts(jobs, fitting)
     with evaluation_mode(model):
-        way = _way(model, rows, max_batch, with_logprobs=with_logprobs)
+        most = most_rows(model, max_batch) if takes_batches(model.config) else 1
+        way = _way(model, rows, most, with_logprobs=with_logprobs)
         longest = max((len(row.host) + row.job.sampling.max_new_tokens for row in rows), default=0)
         held_once = way.shared and can_share_prefixes(model.config, longest)
-        for batch in batches(model, rows, max_batch if takes_batches(model.config) else 1, shared=held_once):
+        for batch in batches(model, rows, most, shared=held_once):
             way = yield from _generate_or_split(model, batch, frozenset(stop_ids), way)
 
 
@@ -76,15 +84,27 @@ class Way:
 def _way(model: Any, rows: Sequence[Row], max_batch: int, *, with_logprobs: bool) -> Way:
     """The fastest way that the model takes part in."""
     some_ids = max((row.host for row in rows), key=len, default=())
-    shared = len(rows) > 1 and shares_attention(model, some_ids)
+    shared = len(rows) > 1 and _found(model, shares_attention, some_ids)
     most_new = max((row.job.sampling.max_new_tokens for row in rows), default=0)
     num_batches = math.ceil(len(rows) / max_batch)
     return Way(
         shared=shared,
-        recorded=shared and can_record(model, some_ids),
+        recorded=shared and _found(model, can_record, some_ids),
         products=packed_products(model, rows=min(len(rows), max_batch), steps=num_batches * most_new),
         with_logprobs=with_logprobs,
     )
+
+
+def _found(model: Any, trial: Callable[[Any, Sequence[int]], bool], ids: Sequence[int]) -> bool:
+    """The outcome of a trial; one that succeeded is not repeated while the model runs in the same form."""
+    config = model.config.get_text_config(decoder=True)
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    attention = getattr(config, "_attn_implementation", None)
+    form = (trial, str(model.dtype), str(model.device), attention, hooks)
+    known = _SUCCEEDED.setdefault(model, set())
+    if form not in known and trial(model, ids):
+        known.add(form)
+    return form in known
 
 
 def _too_long(model: Any, job: Job) -> str:

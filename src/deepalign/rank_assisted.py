@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from deepalign.batching import Job, Row, batches, is_out_of_memory
+from deepalign.batching import Job, Row, batches, is_out_of_memory, most_rows
 from deepalign.chat import Rendered
 from deepalign.errors import UserError
 from deepalign.records import Sampling
@@ -165,7 +165,7 @@ def rank_assisted(
     text_of: Callable[[int], str],
     top_k: int = TOP,
     max_steps: int = STEPS,
-    max_batch: int = 64,
+    max_batch: int | None = None,
 ) -> Iterator[Assisted]:
     """Continue every job by the rule; yields in the order in which rows finish, each job exactly once.
 
@@ -180,7 +180,7 @@ def rank_assisted(
         text_of: A token's text, by which repetitions are told.
         top_k: Most probable tokens to choose among.
         max_steps: Choices and steps back, for each row.
-        max_batch: Most rows at a time; memory may allow fewer.
+        max_batch: Most rows at a time, default what the device is fast with; memory may allow fewer.
 
     Raises:
         UserError: `top_k` or `max_steps` is less than 1.
@@ -199,7 +199,7 @@ def rank_assisted(
             sampling = Sampling(temperature=0.0, max_new_tokens=max_steps)
             rows.append(Row(index=index, job=Job(ids=job.ids, sampling=sampling, seed=0), host=job.ids))
     reading = Rewinding(model, max_steps)
-    for batch in batches(model, rows, max_batch, shared=False):
+    for batch in batches(model, rows, most_rows(model, max_batch), shared=False):
         yield from _searched_or_split(reading, helper, rule, jobs, [row.index for row in batch])
 
 

@@ -25,6 +25,13 @@ from transformers.cache_utils import DynamicLayer
 # Shape suffixes: P = prefixes, B = rows, R = most rows of one prefix, K = key heads, G = query heads of one key head,
 # D = width of a head, S = columns of the prefixes, N = columns of the rows' own tokens, W = S + N in use.
 _ROOM = 32
+ALIGNED = 8
+"""Columns of prefixes and of room for own tokens are multiples of it."""
+
+
+def aligned(columns: int) -> int:
+    """Columns that prefixes of so many are given; those behind them are masked out."""
+    return -(-columns // ALIGNED) * ALIGNED
 
 
 class NotShared(Exception):
@@ -34,8 +41,10 @@ class NotShared(Exception):
 class SharedLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values: prefixes [P, K, S, D], and of each row its own tokens, [B, K, room, D]."""
 
-    def __init__(self, prefix_keys: Tensor, prefix_values: Tensor, rows: _Rows) -> None:
+    def __init__(self, prefix_keys: Tensor, prefix_values: Tensor, rows: _Rows, columns: int) -> None:
         super().__init__()
+        more = columns - prefix_keys.shape[2]
+        prefix_keys, prefix_values = pad(prefix_keys, (0, 0, 0, more)), pad(prefix_values, (0, 0, 0, more))
         self.keys: Tensor
         self.values: Tensor
         self.prefix_keys, self.prefix_values = prefix_keys.contiguous(), prefix_values.contiguous()
@@ -127,17 +136,21 @@ class _Rows:
 class SharedCache(DynamicCache):  # type: ignore[misc]
     """A cache of `SharedLayer`s, made of a finished pass over the prefixes."""
 
-    def __init__(self, prefixes: DynamicCache, sources: Sequence[int]) -> None:
+    def __init__(self, prefixes: DynamicCache, sources: Sequence[int], columns: int | None = None) -> None:
         """Share.
 
         Args:
             prefixes: Left-padded cache of the pass over the prefixes, one row each.
             sources: For each row, which prefix it begins with; every prefix has at least one.
+            columns: How many to have for prefixes; those behind the pass's own are for the mask to hide.
         """
         super().__init__()
         first = prefixes.layers[0]
         self.rows = _Rows(sources, first.keys.device)
-        self.layers = [SharedLayer(layer.keys, layer.values, self.rows) for layer in prefixes.layers]
+        self.layers = [
+            SharedLayer(layer.keys, layer.values, self.rows, columns or layer.keys.shape[2])
+            for layer in prefixes.layers
+        ]
 
     def fix(self, room: int, column: Tensor) -> None:
         """Keep every shape as it is from now on: room for so many own tokens, and the next one's place in a tensor."""
@@ -253,6 +266,18 @@ class SharedAttention(TorchFunctionMode):
         return prefix, own
 
 
+def _fused_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same by the kernel that `scaled_dot_product_attention` takes when there is a mask; it tells the normaliser.
+
+    The last dimension of keys and mask is a multiple of `ALIGNED`, which the kernel asks for.
+    """
+    added = mask.expand(*query.shape[:3], keys.shape[2])
+    out, norm, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, keys, values, added, True, 0.0, False, scale=scale
+    )
+    return out.float(), norm[:, :, : query.shape[2], None].float()
+
+
 def _partial_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -269,6 +294,8 @@ def _partial_attention(
         Output [A, K, Q, D] and logarithm of the softmax's normaliser [A, K, Q, 1], both float32.
     """
     size, heads, num_queries, _ = query.shape
+    if query.is_cuda:
+        return _fused_attention(query, keys, values, mask, scale)
     added = mask.expand(size, heads, num_queries, keys.shape[2]).flatten(0, 1)
     scores = torch.baddbmm(added, query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
     weights = scores.softmax(dim=-1, dtype=torch.float32)

@@ -14,7 +14,7 @@ from deepalign.readers import Reads
 class HfEngine:
     """A `transformers` causal LM in this process."""
 
-    def __init__(self, model: Any, *, max_batch: int = 160, logprobs: bool = False) -> None:
+    def __init__(self, model: Any, *, max_batch: int | None = None, logprobs: bool = False) -> None:
         """Keep the model; nothing is computed yet.
 
         Args:
@@ -36,7 +36,7 @@ class HfEngine:
         return generate(self._model, jobs, stop_ids=stop_ids, max_batch=self._max_batch, with_logprobs=self._logprobs)
 
 
-def in_process(model: Reads, max_batch: int) -> HfEngine:
+def in_process(model: Reads, max_batch: int | None) -> HfEngine:
     """The engine of a model whose weights this process holds."""
     assert isinstance(model, LoadedModel), f"the weights of {model.name} are not held here"
     return HfEngine(model.model, max_batch=max_batch)

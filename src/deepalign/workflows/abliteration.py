@@ -99,7 +99,7 @@ def complete_ablated(
     attempts: Sequence[Attempt],
     direction: Direction,
     *,
-    max_batch: int,
+    max_batch: int | None,
     progress: Progress = silent,
 ) -> None:
     """Generate the missing completions of `attacks.abliteration` with the direction taken out of the model."""

@@ -58,7 +58,7 @@ def complete_by_rank(
     base: LoadedModel | None,
     own: Sequence[Sequence[int]],
     top: int = TOP,
-    max_batch: int,
+    max_batch: int | None,
     progress: Progress = silent,
 ) -> None:
     """Search the completions that are missing, each appended as soon as it is finished.

@@ -38,7 +38,7 @@ def complete(
     *,
     stage: str,
     engine: Engine | None = None,
-    max_batch: int = 160,
+    max_batch: int | None = None,
     progress: Progress = silent,
 ) -> None:
     """Generate the completions that are missing, each appended as soon as it is finished.
@@ -60,7 +60,7 @@ def complete(
     made = len(attempts) - len(todo)
     source = engine or in_process(loaded, max_batch)
     # In parts, so that the ids of all attempts never lie in memory together; each is enough for many full batches.
-    size = max(_MOST_JOBS, 16 * max_batch)
+    size = max(_MOST_JOBS, 16 * (max_batch or 0))
     with run.appender(COMPLETIONS) as out:
         for start in range(0, len(todo), size):
             for completion in completions(loaded, todo[start : start + size], source):
