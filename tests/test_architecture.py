@@ -43,6 +43,7 @@ FLOORS = (
         "decoding",
         "graphs",
         "packing",
+        "partial_attention",
         "sharing",
         "branches",
         "batching",

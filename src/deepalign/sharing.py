@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from deepalign.partial_attention import partial_attention
+
 # Shape suffixes: P = prefixes, B = rows, R = most rows of one prefix, K = key heads, G = query heads of one key head,
 # D = width of a head, S = columns of the prefixes, N = columns of the rows' own tokens, W = S + N in use.
 _ROOM = 32
@@ -232,10 +234,10 @@ class SharedAttention(TorchFunctionMode):
         # Prefixes: the queries of all their rows at once, [P, K, R * G, .].
         query_PKQD = rows.side_by_side(query_BKGD).transpose(1, 2).flatten(2, 3)
         mask_PKQS = prefix_mask.repeat_interleave(query_BKGD.shape[2], dim=2).expand(-1, key_heads, -1, -1)
-        both_PKQ = _partial_attention(query_PKQD, layer.prefix_keys, layer.prefix_values, mask_PKQS, scale)
+        both_PKQ = partial_attention(query_PKQD, layer.prefix_keys, layer.prefix_values, mask_PKQS, scale)
         shape = (rows.num_prefixes, key_heads, rows.most, query_BKGD.shape[2], -1)
         out_BKGD, norm_BKG1 = (rows.back(part.view(shape).transpose(1, 2)) for part in both_PKQ)
-        own_BKGD, own_norm_BKG1 = _partial_attention(query_BKGD, layer.keys, layer.values, own_mask, scale)
+        own_BKGD, own_norm_BKG1 = partial_attention(query_BKGD, layer.keys, layer.values, own_mask, scale)
         merged_BKGD = torch.lerp(own_BKGD, out_BKGD, (norm_BKG1 - own_norm_BKG1).sigmoid())
         return merged_BKGD.to(query.dtype).reshape(*query.shape[:-1], value.shape[-1])
 
@@ -264,42 +266,3 @@ class SharedAttention(TorchFunctionMode):
         # The mask is kept with what was made of it, so that its identity stays its own.
         self._masks[id(given), layer.keys.device] = (given, prefix, own)
         return prefix, own
-
-
-def _fused_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same by the kernel that `scaled_dot_product_attention` takes when there is a mask; it tells the normaliser.
-
-    The last dimension of keys and mask is a multiple of `ALIGNED`, which the kernel asks for.
-    """
-    added = mask.expand(*query.shape[:3], keys.shape[2])
-    out, norm, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, keys, values, added, True, 0.0, False, scale=scale
-    )
-    return out.float(), norm[:, :, : query.shape[2], None].float()
-
-
-def _partial_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention over some of the keys, with what is needed to merge it with that over others.
-
-    Args:
-        query: [A, K, Q, D].
-        keys: [A, K, T, D].
-        values: [A, K, T, D].
-        mask: What is added to the scores; [A, K, Q, T] or what expands to it.
-        scale: Of the scores.
-
-    Returns:
-        Output [A, K, Q, D] and logarithm of the softmax's normaliser [A, K, Q, 1], both float32.
-    """
-    size, heads, num_queries, _ = query.shape
-    if query.is_cuda:
-        return _fused_attention(query, keys, values, mask, scale)
-    added = mask.expand(size, heads, num_queries, keys.shape[2]).flatten(0, 1)
-    scores = torch.baddbmm(added, query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
-    weights = scores.softmax(dim=-1, dtype=torch.float32)
-    out = torch.bmm(weights.to(values.dtype), values.flatten(0, 1)).float()
-    # log of the normaliser = highest score - log of its weight; cheaper than a second pass of exponentials.
-    norm = scores.amax(dim=-1, keepdim=True).float() - weights.amax(dim=-1, keepdim=True).log()
-    return out.view(size, heads, num_queries, -1), norm.view(size, heads, num_queries, 1)
