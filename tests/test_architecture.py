@@ -32,6 +32,7 @@ FLOORS = (
         "ways",
         "errors",
         "progress",
+        "shards",
     ),
     (
         "models",
@@ -114,6 +115,7 @@ START_WITHOUT_TORCH = (
     "runs",
     "errors",
     "progress",
+    "shards",
     "endpoints.client",
     "prompts.catalogue",
     "prompts.download",

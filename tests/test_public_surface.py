@@ -25,6 +25,7 @@ FROZEN = {
     "GridResult",
     "JudgeConfig",
     "LoadedModel",
+    "MergeConfig",
     "Message",
     "Prompt",
     "ReportConfig",
@@ -46,6 +47,7 @@ FROZEN = {
     "grid",
     "judge_run",
     "load_model",
+    "merge_shards",
     "report_runs",
     "suffix_search",
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deepalign.config import AuditConfig
     from deepalign.config_attacks import GridConfig
     from deepalign.config_diagnosis import DiagnoseConfig, DynamicsConfig
-    from deepalign.config_reports import JudgeConfig, ReportConfig
+    from deepalign.config_reports import JudgeConfig, MergeConfig, ReportConfig
     from deepalign.config_suffix import SuffixConfig
     from deepalign.config_tuning import DeepenConfig, FinetuneConfig
     from deepalign.errors import UserError
@@ -27,20 +27,22 @@ if TYPE_CHECKING:
     from deepalign.runs import RunResult
     from deepalign.training.arguments import ConstrainedSFTConfig
     from deepalign.training.trainer import ConstrainedSFTTrainer
-    from deepalign.workflows.audit import AuditResult, audit
+    from deepalign.workflows.audit import audit
+    from deepalign.workflows.audit_result import AuditResult
     from deepalign.workflows.before_after import TuningResult
     from deepalign.workflows.deepen import deepen
     from deepalign.workflows.diagnose import diagnose
     from deepalign.workflows.dynamics import dynamics
     from deepalign.workflows.finetune import finetune
     from deepalign.workflows.grid import GridResult, grid
+    from deepalign.workflows.merging import merge_shards
     from deepalign.workflows.reporting import judge_run, report_runs
     from deepalign.workflows.suffix import SuffixResult, suffix_search
 
 _HOMES = {
     "Attempt": "records",
     "AuditConfig": "config",
-    "AuditResult": "workflows.audit",
+    "AuditResult": "workflows.audit_result",
     "Completion": "records",
     "ConstrainedSFTConfig": "training.arguments",
     "ConstrainedSFTTrainer": "training.trainer",
@@ -52,6 +54,7 @@ _HOMES = {
     "GridResult": "workflows.grid",
     "JudgeConfig": "config_reports",
     "LoadedModel": "models",
+    "MergeConfig": "config_reports",
     "Message": "records",
     "Prompt": "records",
     "ReportConfig": "config_reports",
@@ -73,6 +76,7 @@ _HOMES = {
     "grid": "workflows.grid",
     "judge_run": "workflows.reporting",
     "load_model": "models",
+    "merge_shards": "workflows.merging",
     "report_runs": "workflows.reporting",
     "suffix_search": "workflows.suffix",
 }
@@ -92,6 +96,7 @@ __all__ = [
     "GridResult",
     "JudgeConfig",
     "LoadedModel",
+    "MergeConfig",
     "Message",
     "Prompt",
     "ReportConfig",
@@ -113,6 +118,7 @@ __all__ = [
     "grid",
     "judge_run",
     "load_model",
+    "merge_shards",
     "report_runs",
     "suffix_search",
 ]

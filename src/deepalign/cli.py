@@ -16,13 +16,14 @@ from rich.table import Table
 from deepalign.config import PROBES, AuditConfig
 from deepalign.config_attacks import GridConfig
 from deepalign.config_diagnosis import DiagnoseConfig, DynamicsConfig
-from deepalign.config_reports import JudgeConfig, ReportConfig
+from deepalign.config_reports import JudgeConfig, MergeConfig, ReportConfig
 from deepalign.config_suffix import SuffixConfig
 from deepalign.config_tuning import DeepenConfig, FinetuneConfig
 from deepalign.errors import UserError
 from deepalign.judges import ENDPOINT_JUDGES, JUDGES
 from deepalign.prompts import BUILTIN_SETS
 from deepalign.prompts.catalogue import PUBLIC_SETS
+from deepalign.shards import AUTO
 from deepalign.terminal import quiet_libraries, working
 from deepalign.ways import WAYS
 
@@ -55,6 +56,20 @@ def audit(config: Annotated[AuditConfig, Parameter(name="*")]) -> None:
     with working(err) as progress:
         workflow = importlib.import_module("deepalign.workflows.audit")
         result = workflow.audit(config, progress)
+    if result.shard is None:
+        _show_run(result)
+    else:
+        out.print(f"shard {result.shard} is finished\nrun     {result.run}", highlight=False, soft_wrap=True)
+        if config.shard != AUTO:
+            others = f"{str(result.run).rpartition('-shard-')[0]}-shard-*"
+            out.print(f"next    deepalign merge {others}, once all are there", highlight=False, soft_wrap=True)
+
+
+@app.command
+def merge(config: Annotated[MergeConfig, Parameter(name="*")]) -> None:
+    """Join the shards of an audit into one run, with metrics and report."""
+    with working(err) as progress:
+        result = importlib.import_module("deepalign.workflows.merging").merge_shards(config, progress)
     _show_run(result)
 
 

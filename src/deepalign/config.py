@@ -20,6 +20,7 @@ from deepalign.config_engine import EngineSettings, check_engine
 from deepalign.config_run import Whole, at_least
 from deepalign.errors import UserError
 from deepalign.records import Sampling, Site
+from deepalign.shards import AUTO, parse_shard
 
 Probe = Literal[
     "prefill",
@@ -84,6 +85,9 @@ class AuditConfig(EngineSettings):
 
     output: Path | None = None
     """Run folder; default one under runs/, which is printed. The same command resumes it."""
+
+    shard: str | None = None
+    """Part of the work to do, such as 2/4 (from 1/4 to 4/4), or auto: what torchrun, srun or a SLURM array says."""
 
     prompts: str = "should-refuse"
     """Should-refuse prompts: a built-in set (see `deepalign list`), or a CSV, JSONL or text file."""
@@ -202,6 +206,8 @@ class AuditConfig(EngineSettings):
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
         check_engine(self)
+        if self.shard is not None and self.shard != AUTO:
+            parse_shard(self.shard)
         for option, depths in (("depths", self.depths), ("rap-depths", self.rap_depths)):
             if not depths or min(depths) < 0 or len(set(depths)) != len(depths):
                 raise UserError(f"--{option} {list(depths)}: give different whole numbers from 0 up")

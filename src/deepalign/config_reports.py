@@ -24,6 +24,20 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MergeConfig:
+    """Join the shards of an audit into one run, with metrics and report."""
+
+    shards: tuple[Path, ...] = field(kw_only=False)
+    """Run folders of all shards, in any order."""
+
+    output: Path | None = None
+    """Run folder of the whole; default the shards' name without -shard-I-of-N."""
+
+    show_completions: bool = False
+    """Show completions in the report instead of redacting them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
     """Write the report of one run anew, or one report that compares several."""
 

@@ -26,6 +26,14 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def own_device(device: str, local: int | None) -> str:
+    """The device of one of several processes on a machine: each its own GPU, where the user named none."""
+    if device != "auto" or local is None or not torch.cuda.is_available():
+        return device
+    # A launcher may show each process its own GPU only.
+    return f"cuda:{local % torch.cuda.device_count()}"
+
+
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """A dtype by name, or the one that the device is fast in for "auto"; raises `UserError` for an unknown one."""
     if dtype == "auto":

@@ -133,12 +133,17 @@ def jailbreak_attempts(
     return made
 
 
+def artifact_prompt_id(artifact: Artifact, row: Replayed) -> str:
+    """Id of a finished prompt: no other artifact's row has it."""
+    return f"{artifact.name}/{row.row_id}"
+
+
 def _replays(artifact: Artifact, settings: AttackSettings) -> list[Attempt]:
     return [
         replace(attempt, asked=row.asked)
         for row in artifact.rows
         for attempt in attempts(
-            Prompt(prompt_id=f"{artifact.name}/{row.row_id}", text=row.text, category=row.category),
+            Prompt(prompt_id=artifact_prompt_id(artifact, row), text=row.text, category=row.category),
             settings,
             attack=ATTACK,
             variant=artifact.name,

@@ -59,6 +59,11 @@ class AlongAnswers:
         return found
 
 
+def profiles_of(run: RunFolder, file: str, kind: type[Profile]) -> list[Profile]:
+    """A run's profiles by the prompts' ids: intervals are drawn from them in order, and a file's is that of batches."""
+    return sorted(run.records(file, kind), key=lambda profile: profile.prompt_id)
+
+
 def with_forced_answers(
     loaded: LoadedModel, prompts: Sequence[Prompt], system_prompt: str | None, max_positions: int, site: Site
 ) -> list[Forced]:

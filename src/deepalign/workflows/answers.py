@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from deepalign.attacks import row_seed
 from deepalign.chat import answer_ids, conversation, render, stop_ids
@@ -70,6 +70,14 @@ def fill_answers(
         progress=progress,
     )
     return with_answers(prompts, {prompt_id: answer.text for prompt_id, answer in _longest(known).items()})
+
+
+def tell_answers(counts: Mapping[str, Any]) -> str:
+    """Where answers came from, in words: those `given`, and where some were missing `sampled`, `source`, `failed`."""
+    told = f"{counts['given']} given with the prompts"
+    if "source" in counts:
+        told += f", {counts['sampled']} sampled from {counts['source']}, {counts['failed']} could not be sampled"
+    return told
 
 
 def sample_answers(

@@ -55,7 +55,7 @@ def ask(
         mine = [attempt for attempt in attempts if attempt.attack == attack]
         if mine:
             with timed(run, attack):
-                _complete(run, config, models, prompts, mine, stage, progress)
+                _complete(run, config, models, inputs.prompt_set.prompts, mine, stage, progress)
 
 
 def _complete(

@@ -18,6 +18,7 @@ from deepalign.metrics import Json, Judged, complied_rate, rate_json
 from deepalign.ranks import RankProfile, rank_section
 from deepalign.records import Verdict
 from deepalign.runs import RunFolder
+from deepalign.workflows.along import profiles_of
 from deepalign.workflows.ranks import RANKS
 from deepalign.workflows.rap import SEARCHES, SearchRecord
 from deepalign.worst_case import rap_rows, variant_rows
@@ -70,7 +71,7 @@ def _rap(run: RunFolder, config: Json, judged: Sequence[Judged], skipped: Sequen
 
 
 def _ranks(run: RunFolder, config: Json) -> Json | None:
-    profiles = run.records(RANKS, RankProfile)
+    profiles = profiles_of(run, RANKS, RankProfile)
     return rank_section(profiles) if profiles else None
 
 

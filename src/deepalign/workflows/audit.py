@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import os
 from pathlib import Path
+from typing import Any
 
 from deepalign.config import AuditConfig
 from deepalign.depth import check_vocabularies
@@ -13,24 +14,25 @@ from deepalign.judges import get_judge
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.records import Prompt
-from deepalign.runs import RunFolder, RunResult, named_folder
-from deepalign.workflows.answers import fill_answers
+from deepalign.runs import RunFolder, named_folder
+from deepalign.shards import chosen_shard
+from deepalign.workflows.answers import fill_answers, tell_answers
 from deepalign.workflows.asking import ask
+from deepalign.workflows.audit_result import AuditResult
 from deepalign.workflows.finetuning_probe import attack_copies, check_attacks
+from deepalign.workflows.gathering import gather
 from deepalign.workflows.inputs import PRESENTATION, Inputs, facts, identity, read_inputs
 from deepalign.workflows.measures import measure, note_openings
 from deepalign.workflows.models import AuditModels, check_not_swapped, check_not_the_same
 from deepalign.workflows.reporting import judge_and_report
 from deepalign.workflows.serving import deciding_settings, looks_inside
+from deepalign.workflows.sharding import finish_shard
 from deepalign.workflows.steps import timed
 from deepalign.workflows.summary import PROMPTS
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AuditResult(RunResult):
-    """What an audit leaves behind."""
+_PATIENCE = 30.0
+"""Seconds that a rank waits for its folder: the first rank takes others' locks for a moment, to see who is at work."""
 
 
 def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
@@ -43,15 +45,19 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
     """
     judge = get_judge(config.judge)
     get_judge(config.decoding_scorer)
-    inputs = read_inputs(config)
-    run = RunFolder(output_folder(config))
-    if "finetuning" in inputs.probes:
+    shard = chosen_shard(config.shard, os.environ)
+    inputs = read_inputs(config, shard)
+    run = RunFolder(output_folder(config) if shard is None else shard.folder(output_folder(config)))
+    # Copies are tuned and asked as a whole, by the first shard.
+    tunes = "finetuning" in inputs.probes and (shard is None or shard.index == 1)
+    if tunes:
         check_attacks(run, config, inputs.prompt_set)
-    models = AuditModels(config, looks_inside=looks_inside(config, inputs.probes))
+    local = None if shard is None else shard.local
+    models = AuditModels(config, looks_inside=looks_inside(config, inputs.probes), local=local)
     progress("loading models", 0, 1)
     _check_models(config, inputs, models)
     progress("loading models", 1, 1)
-    with run.writing():
+    with run.writing(wait=_PATIENCE if shard and shard.together else 0.0):
         run.claim(identity(config, inputs, models), facts(config, inputs, models))
         if config.base is not None and not config.skip_swap_check and "swap_check" not in run.manifest:
             prompts = inputs.prompt_set.prompts
@@ -62,16 +68,22 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
         # Nothing that the user may have got wrong is left to be found.
         logger.info("run folder %s", run.path)
         prompts = _prompts_with_answers(run, config, inputs, source, progress)
-        note_openings(run, config, inputs, models, prompts)
+        note_openings(run, config, inputs, models, inputs.prompt_set.prompts)
         ask(run, config, inputs, models, prompts, progress)
         measure(run, config, inputs, models, prompts, progress)
-        if "finetuning" in inputs.probes:
+        if tunes:
             with timed(run, "finetuning"):
                 # The copies bring their own weights.
                 models.let_go()
                 attack_copies(run, config, inputs.prompt_set, progress)
-        data = judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
-    return AuditResult(run=run.path, metrics=data)
+        if shard is None:
+            data = judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
+            return AuditResult(run=run.path, metrics=data)
+        finish_shard(run, inputs, judge, progress)
+    if shard.together and shard.index == 1:
+        whole, shown = output_folder(config), config.show_completions
+        return gather(whole, shard, show_completions=shown, progress=progress)
+    return AuditResult(run=run.path, metrics={}, shard=str(shard))
 
 
 def _check_models(config: AuditConfig, inputs: Inputs, models: AuditModels) -> None:
@@ -97,9 +109,9 @@ def _prompts_with_answers(
 ) -> tuple[Prompt, ...]:
     if (run / PROMPTS).exists():
         return tuple(run.records(PROMPTS, Prompt))
-    prompts = inputs.prompt_set.prompts
+    prompts = inputs.own_prompts
     given = sum(prompt.answer is not None for prompt in prompts)
-    told = f"{given} given with the prompts"
+    counts: dict[str, Any] = {"given": given}
     if source is not None:
         with timed(run, "answers"):
             prompts = fill_answers(
@@ -112,8 +124,8 @@ def _prompts_with_answers(
                 progress=progress,
             )
         sampled = sum(prompt.answer is not None for prompt in prompts) - given
-        told += f", {sampled} sampled from {source.name}, {len(prompts) - given - sampled} could not be sampled"
-    run.note(answers=told)
+        counts |= {"sampled": sampled, "source": source.name, "failed": len(prompts) - given - sampled}
+    run.note(answers=tell_answers(counts), **({} if inputs.shard is None else {"answer_counts": counts}))
     run.write_records(PROMPTS, prompts)
     return tuple(prompts)
 
@@ -122,6 +134,9 @@ def _answer_model(config: AuditConfig, inputs: Inputs, models: AuditModels) -> L
     """The model that samples the missing reference answers; None where none is needed."""
     num_missing = sum(prompt.answer is None for prompt in inputs.prompt_set.prompts)
     if not num_missing or not _answer_tokens(config, inputs):
+        return None
+    if all(prompt.answer is not None for prompt in inputs.own_prompts) and (config.answers_from or config.base):
+        # Other shards have some to sample.
         return None
     if config.answers_from is not None:
         return models.beside(config.answers_from)

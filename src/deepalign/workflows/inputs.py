@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from deepalign.attacks.jailbreaks import Artifact, Wrapping
 from deepalign.attacks.suffix import Suffix, read_suffixes
 from deepalign.chat import assistant_header_ids, conversation, render
 from deepalign.config import PROBES, AuditConfig
 from deepalign.errors import UserError
 from deepalign.prompts.jailbreak_files import Jailbreaks, load_jailbreaks
 from deepalign.prompts.sources import Columns, PromptSet, load_prompts
+from deepalign.records import Prompt
+from deepalign.shards import Shard
 from deepalign.workflows.models import AuditModels, model_card
 from deepalign.workflows.serving import deciding_settings, without_weights
 
-PRESENTATION = ("output", "show_completions", "max_batch", "skip_swap_check")
-"""Settings that do not change the result, and so may differ when a run is resumed."""
+PRESENTATION = ("output", "shard", "show_completions", "max_batch", "skip_swap_check")
+"""Settings that do not change the result, and so may differ when a run is resumed; `identity` binds a shard itself."""
 _NEEDS_BASE = ("refusal-prefix", "kl")
 _NUM_FIRST_IDS = 12
 
@@ -31,15 +34,49 @@ class Inputs:
     jailbreaks: Jailbreaks
     suffixes: tuple[Suffix, ...]
     """Those to replay; none where they are searched."""
+    shard: Shard | None = None
+    """Which part of all this is asked; None for the whole."""
 
     @property
     def searches(self) -> bool:
         """Whether suffixes are searched on the model itself."""
         return "suffix" in self.probes and not self.suffixes
 
+    @property
+    def own_prompts(self) -> tuple[Prompt, ...]:
+        """The should-refuse prompts of this shard; all of them where there is none."""
+        return self._own(self.prompt_set.prompts, 0)
 
-def read_inputs(config: AuditConfig) -> Inputs:
-    """Read everything that the settings name.
+    @property
+    def own_harmless(self) -> tuple[PromptSet, ...]:
+        """The harmless sets, each with the prompts of this shard."""
+        before = len(self.prompt_set.prompts)
+        found = []
+        for one in self.harmless:
+            found.append(replace(one, prompts=self._own(one.prompts, before)))
+            before += len(one.prompts)
+        return tuple(found)
+
+    @property
+    def own_jailbreaks(self) -> tuple[Wrapping | Artifact, ...]:
+        """Wrappings, which the shard's prompts are put in, and artifacts with the rows of this shard."""
+        if self.shard is None:
+            return tuple(self.jailbreaks)
+        return tuple(
+            replace(one, rows=self.shard.share(one.rows, [row.row_id for row in one.rows]))
+            if isinstance(one, Artifact)
+            else one
+            for one in self.jailbreaks
+        )
+
+    def _own(self, prompts: tuple[Prompt, ...], before: int) -> tuple[Prompt, ...]:
+        if self.shard is None:
+            return prompts
+        return self.shard.share(prompts, [f"{prompt.prompt_id}\x1f{prompt.text}" for prompt in prompts], before)
+
+
+def read_inputs(config: AuditConfig, shard: Shard | None = None) -> Inputs:
+    """Read everything that the settings name, which is the same for every shard.
 
     Raises:
         UserError: A file or name cannot be used, or no probe is left.
@@ -58,7 +95,8 @@ def read_inputs(config: AuditConfig) -> Inputs:
     ]
     # A set named twice, in whatever spelling, is one set: its rows would share their keys.
     once = tuple({found.name: found for found in harmless}.values())
-    return Inputs(
+    inputs = Inputs(
+        shard=shard,
         prompt_set=prompt_set,
         harmless=once,
         probes=probes,
@@ -66,6 +104,20 @@ def read_inputs(config: AuditConfig) -> Inputs:
         jailbreaks=load_jailbreaks(config.jailbreaks if "jailbreaks" in probes else ()),
         suffixes=read_suffixes(config.suffix) if "suffix" in probes and config.suffix else (),
     )
+    if shard is not None:
+        _check_shard(shard, inputs)
+    return inputs
+
+
+def _check_shard(shard: Shard, inputs: Inputs) -> None:
+    num_prompts = len(inputs.prompt_set.prompts)
+    if shard.count > num_prompts:
+        raise UserError(f"--shard {shard}: there are only {num_prompts} prompts; give at most {num_prompts} shards")
+    if inputs.searches:
+        raise UserError(
+            f"--shard {shard}: the suffix probe searches one suffix for all shards; search it once with deepalign "
+            "suffix and give every shard --suffix FILE, or leave the probe out with --probes"
+        )
 
 
 def _probes(config: AuditConfig, prompt_set: PromptSet) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -99,6 +151,7 @@ def identity(config: AuditConfig, inputs: Inputs, models: AuditModels) -> dict[s
     return {
         **deciding_settings(config, PRESENTATION),
         **models.engine_identity,
+        **({} if inputs.shard is None else {"shard": str(inputs.shard)}),
         "probes": list(inputs.probes),
         "prompt_hash": inputs.prompt_set.hash,
         "harmless_hashes": [found.hash for found in inputs.harmless],
@@ -148,5 +201,6 @@ def facts(config: AuditConfig, inputs: Inputs, models: AuditModels) -> dict[str,
         "first_prompt": target.tokenizer.decode(ids),
         "answers": "not needed",
         "jailbreak_sources": {one.name: one.source for one in inputs.jailbreaks},
+        **({} if inputs.shard is None else {"shard": {"index": inputs.shard.index, "count": inputs.shard.count}}),
         **({"any_depth": _any_depth(config, models)} if "any-depth" in inputs.probes else {}),
     }

@@ -14,6 +14,7 @@ from deepalign.config_engine import HF
 from deepalign.engines import Engine
 from deepalign.engines.in_process import in_process
 from deepalign.errors import UserError
+from deepalign.hardware import own_device
 from deepalign.judges import get_judge
 from deepalign.models import Dtype, LoadedModel, load_model
 from deepalign.readers import Reader, Reads, load_reader
@@ -28,14 +29,16 @@ _SWAP_GAP = 0.5
 class AuditModels:
     """The target and its base, loaded when first asked for and kept in one dtype at a time."""
 
-    def __init__(self, config: AuditConfig, *, looks_inside: bool = True) -> None:
+    def __init__(self, config: AuditConfig, *, looks_inside: bool = True, local: int | None = None) -> None:
         """Keep the settings; nothing is loaded yet.
 
         Args:
             config: The audit's.
             looks_inside: Whether a probe needs the target's weights here, although servers generate.
+            local: Which of several processes on this machine this is: each takes its own GPU.
         """
         self._config = config
+        self._device = own_device(config.device, local)
         self._loaded: dict[Held, LoadedModel] = {}
         self.holds_target = looks_inside or config.engine == HF
 
@@ -119,7 +122,7 @@ class AuditModels:
         )
 
     def _read(self, name: str, dtype: Dtype, **settings: Any) -> LoadedModel:
-        return load_model(name, dtype=dtype, device=self._config.device, quantize=self._config.quantize, **settings)
+        return load_model(name, dtype=dtype, device=self._device, quantize=self._config.quantize, **settings)
 
 
 def model_card(loaded: LoadedModel | Reader) -> dict[str, Any]:

@@ -22,6 +22,19 @@ from deepalign.records import Attempt, Prompt
 from deepalign.workflows.inputs import Inputs, any_depths
 from deepalign.workflows.models import AuditModels
 
+PLANNED = (
+    "prefill",
+    "rap",
+    "any_depth",
+    "over_refusal",
+    "decoding",
+    "jailbreak",
+    "suffix",
+    "abliteration",
+    "refusal_prefix",
+)
+"""Attacks in the order of the plan; within one, all that is done to a prompt stands together."""
+
 
 def plan_attempts(
     config: AuditConfig, inputs: Inputs, models: AuditModels, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]
@@ -39,14 +52,16 @@ def plan_attempts(
         header = assistant_header_ids(target.tokenizer, target.template, config.site)
         plans.append(any_depth_plan(prompts, any_depths(config), forced, header))
     attempts = [attempt for plan in plans for attempt in plan.attempts]
-    for found in inputs.harmless:
+    for found in inputs.own_harmless:
         attempts += over_refusal_attempts(found.name, found.prompts, settings)
     if "decoding" in inputs.probes:
         own = own_sampling(target.generation_config, config.max_new_tokens)
         blank = replace(settings, system_prompt=_system_prompt(config.decoding_system_prompt, target))
         attempts += decoding_attempts(prompts, blank, decoding_grid(own, config.grid))
     if "jailbreaks" in inputs.probes:
-        attempts += jailbreak_attempts(prompts, inputs.jailbreaks, settings, system_role=_renders(target, "Be brief."))
+        attempts += jailbreak_attempts(
+            prompts, inputs.own_jailbreaks, settings, system_role=_renders(target, "Be brief.")
+        )
     if "suffix" in inputs.probes:
         attempts += suffix_attempts(prompts, suffixes, settings)
     if "abliteration" in inputs.probes:

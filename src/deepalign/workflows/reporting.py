@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,24 @@ def _start_over_where_finished(run: RunFolder, judge: Judge) -> None:
 
 def judge_and_report(run: RunFolder, judge: Judge, *, redact: bool, progress: Progress = silent) -> dict[str, Any]:
     """The last steps of every audit: completions -> verdicts -> metrics -> report."""
+    found = judge_all(run, judge, progress=progress)
+    data = summarise(run, judge, found.attempts, found.verdicts, found.scored)
+    write_report(run, data, redact=redact)
+    return data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """A run's attempts and what was ruled on them."""
+
+    attempts: list[Attempt]
+    verdicts: list[Verdict]
+    scored: list[Verdict]
+    """Those of the judge that picks the worst answers of the decoding probe."""
+
+
+def judge_all(run: RunFolder, judge: Judge, *, progress: Progress = silent) -> Judgement:
+    """Completions -> verdicts, those that are missing."""
     attempts = run.records(ATTEMPTS, Attempt)
     verdicts = _judged(run, judge, attempts, progress)
     swept = [attempt for attempt in attempts if attempt.attack == DECODING]
@@ -128,9 +147,7 @@ def judge_and_report(run: RunFolder, judge: Judge, *, redact: bool, progress: Pr
         scorer = get_judge(run.manifest["config"]["decoding_scorer"])
         if scorer.name != judge.name:
             scored = _judged(run, scorer, swept, progress)
-    data = summarise(run, judge, attempts, verdicts, scored)
-    write_report(run, data, redact=redact)
-    return data
+    return Judgement(attempts=attempts, verdicts=verdicts, scored=scored)
 
 
 def _judged(run: RunFolder, judge: Judge, attempts: list[Attempt], progress: Progress) -> list[Verdict]:

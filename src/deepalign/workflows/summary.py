@@ -17,6 +17,7 @@ from deepalign.judges import Judge
 from deepalign.onset import OnsetProfile
 from deepalign.records import Attempt, Completion, Prompt, Verdict
 from deepalign.runs import RunFolder
+from deepalign.workflows.along import profiles_of
 from deepalign.workflows.attack_sections import attack_sections, searches_settled
 from deepalign.workflows.onset import ONSET
 from deepalign.workflows.steps import COMPLETIONS, KL
@@ -57,7 +58,7 @@ def compute(
     config = manifest["config"]
     judged = searches_settled(run, metrics.join(attempts, verdicts))
     skipped = run.records(SKIPPED, Skipped)
-    profiles = run.records(KL, KlProfile)
+    profiles = profiles_of(run, KL, KlProfile)
     data: dict[str, Any] = {
         "schema_version": 1,
         "model": config["model"],
@@ -73,7 +74,7 @@ def compute(
     means = [row["mean"] for row in forward if row["mean"] is not None] if forward else None
     data["prefill"] = rows
     data["depth"] = metrics.depth_summary(rows or [], config["threshold"], means)
-    onset_profiles = run.records(ONSET, OnsetProfile)
+    onset_profiles = profiles_of(run, ONSET, OnsetProfile)
     data["refusal_onset"] = (
         metrics.onset_section(onset_profiles, judged, config["onset_horizon"], config["depths"])
         if onset_profiles
@@ -197,6 +198,10 @@ def run_card(manifest: dict[str, Any], judge: Judge) -> dict[str, Any]:
 
 def unfinished(folder: Path) -> str:
     """What to tell the user of a run without metrics."""
+    if "shard" in RunFolder(folder).manifest:
+        told = RunFolder(folder).manifest["shard"]
+        part = f"shard {told['index']}/{told['count']}"
+        return f"{folder} is {part} of an audit and has no metrics; deepalign merge joins it with the others"
     return f"{folder} has no {METRICS}: its audit has not finished; run the same audit again"
 
 
