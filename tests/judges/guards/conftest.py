@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from deepalign.judges.guards.reader import Reader
+from deepalign.judges.guards.runner import GuardJudge
+from deepalign.judges.guards.sources import Source
 from deepalign.models import LoadedModel, from_objects
+from deepalign.records import JudgeInput
 
 TEMPLATES = Path(__file__).parent / "templates"
 CORPUS = (
@@ -33,19 +40,26 @@ def guard_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         bos: str | None = None,
         eos: str = "<|end|>",
         template: str | None = None,
+        metaspace: bool = False,
     ) -> PreTrainedTokenizerFast:
         core = Tokenizer(models.BPE())
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
+        if metaspace:
+            core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+            core.decoder = decoders.Metaspace(prepend_scheme="first")
+        else:
+            core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            core.decoder = decoders.ByteLevel()
         names = list(dict.fromkeys([*([bos] if bos else []), eos, *special]))
         trainer = trainers.BpeTrainer(
             vocab_size=len(names) + 256 + 240,
             special_tokens=names,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=list(string.printable) if metaspace else pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         # What is said often enough becomes one token.
         core.train_from_iterator([*CORPUS, *([" ".join(words)] * 50), *(list(words) * 50)], trainer)
+        if bos:
+            core.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=eos)
         if special:
             tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
@@ -75,3 +89,36 @@ def guard_model(random_model: Callable[..., Any]) -> Callable[..., LoadedModel]:
         return from_objects(model, tokenizer, name=model_type, chat_template=chosen)
 
     return make
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> Callable[..., tuple[tuple[int, ...], list[str]]]:
+    """What a format's model reads of an item after the runner's preparation: `seen(guard, template, loaded, item)`."""
+
+    def see(guard: Any, template: Any, loaded: LoadedModel, item: JudgeInput) -> tuple[tuple[int, ...], list[str]]:
+        judge = GuardJudge(guard, Source(folder=tmp_path, base=None, identity="tiny@0", suffix=""))
+        reader = Reader(loaded)
+        prepared, notes = judge._prepared(reader, item)
+        return reader.render(template, guard.messages(prepared)), notes
+
+    return see
+
+
+@pytest.fixture
+def lean() -> Callable[..., None]:
+    """`lean(loaded, words, prompts)`: a random model's head is changed to say one of the words after these prompts."""
+    return _lean
+
+
+def _lean(loaded: LoadedModel, words: Sequence[str], prompts: Sequence[Sequence[int]]) -> None:
+    vocabulary = loaded.tokenizer.get_vocab()
+    with torch.no_grad():
+        bodies = [
+            loaded.model.base_model(input_ids=torch.tensor([list(ids)])).last_hidden_state[0, -1] for ids in prompts
+        ]
+        head = loaded.model.get_output_embeddings().weight
+        direction = torch.linalg.pinv(torch.stack(bodies)) @ torch.full((len(bodies),), 12.0)
+        noise = torch.randn((len(words), head.shape[1]), generator=torch.Generator().manual_seed(0)) * 0.2
+        head *= 0.02
+        for word, extra in zip(words, noise, strict=True):
+            head[vocabulary[word]] = direction + extra

@@ -188,6 +188,7 @@ def test_a_judge_from_a_folder_end_to_end(loaded: LoadedModel, tmp_path: Path) -
     teacher.tokenizer.save_pretrained(folder)
     judge = get_judge(f"qwen3guard:{folder}")
     assert isinstance(judge, GuardJudge)
+    judge.place(dtype="float32", device="cpu")
     empty = JudgeInput(prompt="How?", response=" \n…")
     ruling, again, nothing = judge.judge([ITEM, ITEM, empty])
     assert (ruling.status, ruling.refuses, ruling.raw) == ("complied", False, UNSAFE)

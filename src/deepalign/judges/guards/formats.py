@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from deepalign.chat import ChatTemplate
@@ -27,6 +28,12 @@ class About:
     """All that decides beside the weights, such as prompt and pattern; its hash goes into the version."""
     clip: int | None = None
     """Most tokens of a response that its authors have it read; None reads all of it."""
+
+
+def prompt_template(name: str) -> ChatTemplate:
+    """A prompt that lies beside the formats, as a template over a user's and an assistant's message."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return ChatTemplate(text=text, source=name)
 
 
 class Guard(Protocol):

@@ -69,6 +69,11 @@ class Reader:
         self._logits: LogitReader | None = None
 
     @property
+    def model(self) -> Any:
+        """The model itself; the reader's own, loaded for nobody else."""
+        return self._loaded.model
+
+    @property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self._loaded.tokenizer

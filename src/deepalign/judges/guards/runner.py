@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from deepalign.chat import PLAIN_TEMPLATE, ChatTemplate
 from deepalign.errors import UserError
@@ -108,9 +110,18 @@ class GuardJudge:
                 )
             except UserError as error:
                 raise UserError(f"judge {self.name!r}: {error}") from error
-            own = loaded.template if loaded.template.source == "model" else None
+            own = loaded.template if loaded.template.source == "model" else _beside_processor(self._source.folder)
             self._loaded = (Reader(loaded, max_batch=max_batch), own)
         return self._loaded
+
+
+def _beside_processor(folder: Path) -> ChatTemplate | None:
+    """The chat template that models with image encoders may keep with their processor."""
+    try:
+        text = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return ChatTemplate(text=text, source="processor") if isinstance(text, str) else None
 
 
 def _broken(found: re.Match[str]) -> str:
