@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from deepalign.errors import UserError
+from deepalign.judges.guards import GUARDS, guard_judge
 from deepalign.records import JudgeInput, Ruling
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -57,12 +58,10 @@ def _on_endpoint(rubric: str, rest: str) -> Judge:
 
 
 def get_judge(name: str) -> Judge:
-    """The judge called `name`: a built-in name, "scripted:FILE" or an import path "module:Name"."""
+    """The judge called `name`: a built-in name, with what it reads after a colon, or an import path "module:Name"."""
     if name in JUDGES:
         return JUDGES[name]()
     module_name, colon, attribute = name.partition(":")
-    from deepalign.judges.guards import GUARDS, guard_judge
-
     if module_name in GUARDS and (attribute or not colon):
         return guard_judge(module_name, attribute)
     if module_name in ENDPOINT_JUDGES:
@@ -71,8 +70,9 @@ def get_judge(name: str) -> Judge:
         from deepalign.judges.scripted import ScriptedJudge
 
         return ScriptedJudge.from_file(Path(attribute))
-    known = f'known judges: {", ".join(JUDGES)}, {", ".join(ENDPOINT_JUDGES)}:MODEL@URL, "scripted:FILE", "module:Name"'
-    close = difflib.get_close_matches(name, [*JUDGES, *ENDPOINT_JUDGES, "scripted:FILE"], n=2)
+    own = ", ".join((*JUDGES, *GUARDS))
+    known = f'known judges: {own}, {", ".join(ENDPOINT_JUDGES)}:MODEL@URL, "scripted:FILE", "module:Name"'
+    close = difflib.get_close_matches(name, [*JUDGES, *GUARDS, *ENDPOINT_JUDGES, "scripted:FILE"], n=2)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     if not (colon and module_name and attribute):
         raise UserError(f"unknown judge {name!r}{hint} ({known})")
