@@ -6,6 +6,7 @@ Knows how to talk to a person (progress, tables, one clear line for a mistake) a
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
@@ -134,10 +135,15 @@ def suffix(config: Annotated[SuffixConfig, Parameter(name="*")]) -> None:
 @app.command
 def judge(config: Annotated[JudgeConfig, Parameter(name="*")]) -> None:
     """Judge the completions of a run again, without generating."""
+    workflow = importlib.import_module("deepalign.workflows.reporting")
+    if config.batch_export is not None:
+        made = workflow.export_run(config)
+        out.print(f"{made.num_requests} requests  {' '.join(map(str, made.files))}", highlight=False, soft_wrap=True)
+        return
     with working(err) as progress:
-        workflow = importlib.import_module("deepalign.workflows.reporting")
         data = workflow.judge_run(config, progress)
     _show(data)
+    _show_spending(config.run)
     out.print(f"\nreport  {config.run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -222,8 +228,14 @@ def _one_line(error: Exception) -> str | None:
     return None
 
 
+def _show_spending(run: Path) -> None:
+    for line in importlib.import_module("deepalign.workflows.judge_accounts").told(run):
+        out.print(f"\njudged by  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _show_run(result: Any) -> None:
     _show(result.metrics)
+    _show_spending(result.run)
     out.print(f"\nreport  {result.report}\nrun     {result.run}", highlight=False, soft_wrap=True)
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from deepalign.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgeConfig:
@@ -17,10 +19,20 @@ class JudgeConfig:
     """Run folder."""
 
     judge: str = "refusal"
-    """Judge: a built-in name, module:Name, or scripted:FILE."""
+    """Judge: a built-in name, rubric:MODEL@URL, module:Name, or scripted:FILE."""
 
     show_completions: bool = False
     """Show completions in the report instead of redacting them."""
+
+    batch_export: Path | None = None
+    """Instead of judging, write the requests of a judge on an endpoint to this file, as OpenAI's batch API takes it."""
+
+    batch_import: Path | None = None
+    """Judge by the results of such a batch; what has none stays open."""
+
+    def __post_init__(self) -> None:
+        if self.batch_export is not None and self.batch_import is not None:
+            raise UserError("--batch-export and --batch-import are two steps; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepalign.endpoints.batch_files import Result
 from deepalign.endpoints.cache import ReplyCache, key_of
 from deepalign.endpoints.client import Client
 from deepalign.endpoints.exchange import Reply, Request
@@ -101,6 +102,9 @@ class RubricJudge:
         self.cache = cache or ReplyCache(None)
         self.prices = prices or Prices()
         self.spending = Spending()
+        self.sends = True
+        """Whether missing replies are asked for; without, their texts stay open."""
+        self._given: dict[str, Result] = {}
         self.tells_refusals = rubric.tells_refusals
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[-60:].strip("-.") or "model"
         self.name = f"{rubric.name}-{slug}"
@@ -128,25 +132,55 @@ class RubricJudge:
             key = key_of(request)
             requests[key] = request
             asked.setdefault(key, []).append(index)
-        known = self.cache.get(list(requests))
-        self.spending.from_cache += len(known)
-        for key, body in known.items():
-            yield from ((index, self.read(body)) for index in asked[key])
-        keys = [key for key in requests if key not in known]
-        none_taken = True
+        known = self._known(list(requests))
+        for key, ruling in known.items():
+            yield from ((index, ruling) for index in asked[key])
+        if self.sends:
+            missing = {key: request for key, request in requests.items() if key not in known}
+            for key, ruling in self._sent(missing):
+                yield from ((index, ruling) for index in asked[key])
+
+    def _known(self, keys: Sequence[str]) -> dict[str, Ruling]:
+        """Rulings of what was paid for already: imported results, then the cache."""
+        known = {key: self.rule(self._given[key]) for key in keys if key in self._given}
+        cached = self.cache.get([key for key in keys if key not in known])
+        self.spending.from_cache += len(cached)
+        return known | {key: self.read(body) for key, body in cached.items()}
+
+    def _sent(self, requests: dict[str, Request]) -> Iterator[tuple[str, Ruling]]:
+        keys = list(requests)
 
         def keep(position: int, reply: Reply) -> None:
             if reply.status == "ok":
                 self.cache.put(keys[position], kept(reply.body))
 
-        replies = self.client.send([requests[key] for key in keys], keep=keep)
-        for number, (position, reply) in enumerate(replies):
-            key = keys[position]
+        none_taken = True
+        for number, (position, reply) in enumerate(self.client.send(list(requests.values()), keep=keep)):
             self.spending.add(reply)
             none_taken = none_taken and reply.reason.startswith("HTTP 4")
             if none_taken and number + 1 == _REFUSED_REQUESTS:
                 raise UserError(f"judge {self.name}: its server takes no request of ours ({reply.reason})")
-            yield from ((index, self.rule(reply)) for index in asked[key])
+            yield keys[position], self.rule(reply)
+
+    def keys(self, items: Sequence[JudgeInput]) -> list[str]:
+        """Content keys of the requests about items; empty texts need none."""
+        return [key_of(self.request(item)) for item in items if item.response.strip()]
+
+    def missing(self, items: Sequence[JudgeInput]) -> list[Request]:
+        """Requests about items whose replies are not there yet, each once."""
+        requests = [self.request(item) for item in items if item.response.strip()]
+        wanted = {key_of(request): request for request in requests}
+        known = self.cache.get(list(wanted))
+        return [request for key, request in wanted.items() if key not in known and key not in self._given]
+
+    def take(self, result: Result) -> bool:
+        """Take a batch's result as a reply; False where it is worth asking again."""
+        if result.status == "open":
+            return False
+        if result.status == "ok":
+            self.cache.put(result.key, kept(result.body))
+        self._given[result.key] = result
+        return True
 
     def request(self, item: JudgeInput) -> Request:
         """What the judge is asked about an item; texts with the same prompt go to the same server."""
@@ -154,8 +188,8 @@ class RubricJudge:
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **self.sampling.fields()}
         return Request(body=body, prefix=item.prompt)
 
-    def rule(self, reply: Reply) -> Ruling:
-        """The ruling of a reply."""
+    def rule(self, reply: Reply | Result) -> Ruling:
+        """The ruling of a reply, or of a batch's result."""
         return self.read(reply.body) if reply.status == "ok" else _unscored(f"no reply of the judge: {reply.reason}")
 
     def read(self, body: dict[str, Any]) -> Ruling:

@@ -54,9 +54,9 @@ class Shown:
     thoughts: JudgeInput | None
 
     @property
-    def texts(self) -> set[JudgeInput]:
+    def texts(self) -> tuple[JudgeInput, ...]:
         """The different ones among them."""
-        return {text for text in (self.alone, self.joined, self.thoughts) if text is not None}
+        return tuple(dict.fromkeys(text for text in (self.alone, self.joined, self.thoughts) if text is not None))
 
 
 def shown(attempt: Attempt, completion: Completion) -> Shown:

@@ -18,6 +18,8 @@ from deepalign.records import Attempt, Completion, Verdict
 from deepalign.report.figures import save_figures
 from deepalign.report.page import render_page
 from deepalign.runs import RunFolder, clear_disk_errors, write_atomically
+from deepalign.workflows.judge_accounts import accounted
+from deepalign.workflows.judge_files import Exported, check_whole, export_batch, import_batch
 from deepalign.workflows.steps import ATTEMPTS, COMPLETIONS, judge_completions
 from deepalign.workflows.summary import METRICS, read_metrics, summarise, unfinished
 
@@ -95,6 +97,17 @@ def examples(run: RunFolder, judge_name: str) -> list[dict[str, Any]]:
     ]
 
 
+def export_run(config: JudgeConfig) -> Exported:
+    """Write the requests of a judge on an endpoint to a batch file; the run stays as it is.
+
+    Raises:
+        UserError: The folder is no finished run, the judge asks no server, or nothing is missing.
+    """
+    assert config.batch_export is not None
+    read_metrics(config.run)
+    return export_batch(RunFolder(config.run), get_judge(config.judge), config.batch_export)
+
+
 def judge_run(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any]:
     """Judge a run's completions with another judge, or a newer version; metrics and report are made anew.
 
@@ -107,6 +120,8 @@ def judge_run(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any
     if not (run / METRICS).exists():
         raise UserError(unfinished(config.run))
     with run.writing():
+        if config.batch_import is not None:
+            import_batch(run, judge, config.batch_import)
         _start_over_where_finished(run, judge)
         return judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
 
@@ -156,7 +171,10 @@ def _judged(run: RunFolder, judge: Judge, attempts: list[Attempt], progress: Pro
     if run.manifest.get("judges", {}).get(judge.name, version) != version:
         (run / f"verdicts.{judge.name}.jsonl").unlink(missing_ok=True)
     run.note(judges={judge.name: version})
-    return judge_completions(run, judge, attempts, progress=progress)
+    with accounted(run, judge, progress) as watched:
+        verdicts = judge_completions(run, judge, attempts, progress=watched)
+    check_whole(run, judge, len(verdicts), attempts)
+    return verdicts
 
 
 def report_runs(config: ReportConfig) -> Path:
