@@ -26,7 +26,7 @@ from deepalign.judges.guards import GUARDS
 from deepalign.prompts import BUILTIN_SETS
 from deepalign.prompts.catalogue import PUBLIC_SETS
 from deepalign.shards import AUTO
-from deepalign.terminal import quiet_libraries, working
+from deepalign.terminal import ended_like_interrupted, quiet_libraries, working
 from deepalign.ways import WAYS
 
 Named = Literal["all", "probes", "judges", "prompts", "jailbreaks", "sets", "ways", "testbed"]
@@ -198,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     quiet_libraries()
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        with ended_like_interrupted():
+            app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except KeyboardInterrupt:
         err.print("stopped; what was finished is kept, and the same command goes on from there")
         return EXIT_INTERRUPTED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def working(err: Console) -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=err, refresh_per_second=4, disable=not err.is_terminal) as bars:
+    with Progress(*columns, console=err, refresh_per_second=4, disable=not err.is_terminal or _is_other_rank()) as bars:
         handler = _Notices(bars.console)
         logger = logging.getLogger("deepalign")
         logger.addHandler(handler)
@@ -52,6 +53,25 @@ def working(err: Console) -> Iterator[Any]:
             raise
         finally:
             logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def ended_like_interrupted() -> Iterator[None]:
+    """Take the signal with which SLURM, torchrun and containers end a process as if the user had stopped it."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_other_rank() -> bool:
+    """Whether another process of the same launch draws bars on this terminal already."""
+    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "SLURM_PROCID"))
 
 
 class _Notices(logging.Handler):
