@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_FUSED_QUERIES = 6
+
 # Shape suffixes as in `sharing.py`; A = prefixes or rows, Q = queries of one head, T = keys.
 
 
@@ -34,7 +36,8 @@ def partial_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
         Output [A, K, Q, D] and logarithm of the softmax's normaliser [A, K, Q, 1], both float32.
     """
     size, heads, num_queries, _ = query.shape
-    if query.is_cuda:
+    # With one query of a head the fused kernel leaves most of its tile empty (H100: 641 us against 343 with 640 rows).
+    if query.is_cuda and num_queries >= _FUSED_QUERIES:
         return _fused_attention(query, keys, values, mask, scale)
     added = mask.expand(size, heads, num_queries, keys.shape[2]).flatten(0, 1)
     scores = torch.baddbmm(added, query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
