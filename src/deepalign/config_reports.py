@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -20,6 +20,12 @@ class JudgeConfig:
 
     judge: str = "refusal"
     """Judge: a built-in name, rubric:MODEL@URL, module:Name, or scripted:FILE."""
+
+    device: str = "auto"
+    """What a judge that is a model runs on: auto, cpu, cuda, cuda:1, mps, or sharded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights of a judge that is a model; auto is bfloat16 where the hardware is fast at it."""
 
     show_completions: bool = False
     """Show completions in the report instead of redacting them."""

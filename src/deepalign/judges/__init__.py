@@ -25,7 +25,8 @@ class Judge(Protocol):
     """Rules on texts.
 
     A judge may also have `version` (verdicts of another version are let go), and `tells_refusals` (False for a judge
-    of harm that does not say whether a text refuses; over-refusal is then read off the rule-based judge).
+    of harm that does not say whether a text refuses; over-refusal is then read off the rule-based judge). One that
+    runs a model of its own has `ready(device=, dtype=, max_batch=)`.
     """
 
     name: str
@@ -55,6 +56,23 @@ def _on_endpoint(rubric: str, rest: str) -> Judge:
     from deepalign.judges.endpoint_spec import rubric_judge, strongreject_judge
 
     return rubric_judge(rest) if rubric == "rubric" else strongreject_judge(rest)
+
+
+def make_ready(judge: Judge, *, device: str, dtype: str, max_batch: int = 32) -> None:
+    """Before long work begins: let a judge that runs a model of its own fetch it, and say what it runs on.
+
+    Args:
+        judge: Any judge; one without `ready` needs nothing.
+        device: As for the audited model.
+        dtype: As for the audited model.
+        max_batch: Most texts at a time.
+
+    Raises:
+        UserError: Its weights cannot be had.
+    """
+    ready = getattr(judge, "ready", None)
+    if callable(ready):
+        ready(device=device, dtype=dtype, max_batch=max_batch)
 
 
 def get_judge(name: str) -> Judge:

@@ -10,7 +10,7 @@ from typing import Any
 from deepalign.config import AuditConfig
 from deepalign.depth import check_vocabularies
 from deepalign.errors import UserError
-from deepalign.judges import get_judge
+from deepalign.judges import get_judge, make_ready
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.records import Prompt
@@ -44,7 +44,8 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
         UserError: A setting, file, model or folder cannot be used; one line with the remedy.
     """
     judge = get_judge(config.judge)
-    get_judge(config.decoding_scorer)
+    make_ready(judge, device=config.device, dtype=config.dtype)
+    make_ready(get_judge(config.decoding_scorer), device=config.device, dtype=config.dtype)
     shard = chosen_shard(config.shard, os.environ)
     inputs = read_inputs(config, shard)
     run = RunFolder(output_folder(config) if shard is None else shard.folder(output_folder(config)))

@@ -22,7 +22,7 @@ from deepalign.depth import kl_profiles
 from deepalign.errors import UserError
 from deepalign.finetuning import PLAIN, rate_of, way_title
 from deepalign.gradients import token_gradients
-from deepalign.judges import get_judge
+from deepalign.judges import get_judge, make_ready
 from deepalign.metrics import mean_json
 from deepalign.models import Dtype, LoadedModel, load_model
 from deepalign.perplexity import token_losses
@@ -52,6 +52,8 @@ def dynamics(config: DynamicsConfig, progress: Progress = silent) -> RunResult:
     binding = settings_of(config, ("output", "show_completions"))
     run = RunFolder(config.output or named_folder(config.model, binding, "dynamics"))
     sets = Sets(run, config.grid, progress)
+    judge = get_judge(config.judge)
+    make_ready(judge, device=config.device, dtype=config.dtype)
     progress("loading models", 0, 2)
     loaded = _load(config)
     progress("loading models", 1, 2)
@@ -64,7 +66,7 @@ def dynamics(config: DynamicsConfig, progress: Progress = silent) -> RunResult:
         (_, cell) = config.grid.cells(attacks=sets.attacks)
         bench = Bench(
             settings=config,
-            judge=get_judge(config.judge),
+            judge=judge,
             prompts=sets.test_prompts.prompts,
             sampling=Sampling(max_new_tokens=config.max_new_tokens),
             control=None,

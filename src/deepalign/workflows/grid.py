@@ -22,7 +22,7 @@ from deepalign.config_tuning import Method
 from deepalign.errors import BusyError
 from deepalign.finetuning import section
 from deepalign.hardware import free_memory, pick_device
-from deepalign.judges import get_judge
+from deepalign.judges import get_judge, make_ready
 from deepalign.models import Dtype, LoadedModel, load_model
 from deepalign.progress import Progress, silent
 from deepalign.prompts.sources import PromptSet
@@ -83,6 +83,7 @@ def grid(
     """
     require_training()
     judge = get_judge(config.judge)
+    make_ready(judge, device=config.device, dtype=config.dtype)
     pick_device(config.device)
     for name in (*config.models, config.answers_from):
         require_name(name)

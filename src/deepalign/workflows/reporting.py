@@ -12,7 +12,7 @@ from deepalign.attacks.decoding import ATTACK as DECODING
 from deepalign.attacks.prefill import ATTACK as PREFILL
 from deepalign.config_reports import JudgeConfig, ReportConfig
 from deepalign.errors import UserError
-from deepalign.judges import Judge, get_judge
+from deepalign.judges import Judge, get_judge, make_ready
 from deepalign.progress import Progress, silent
 from deepalign.records import Attempt, Completion, Verdict
 from deepalign.report.figures import save_figures
@@ -119,6 +119,7 @@ def judge_run(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any
     run.manifest  # noqa: B018 - raises where the folder is no run, before it is locked
     if not (run / METRICS).exists():
         raise UserError(unfinished(config.run))
+    make_ready(judge, device=config.device, dtype=config.dtype)
     with run.writing():
         if config.batch_import is not None:
             import_batch(run, judge, config.batch_import)

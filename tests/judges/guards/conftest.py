@@ -96,7 +96,7 @@ def seen(tmp_path: Path) -> Callable[..., tuple[tuple[int, ...], list[str]]]:
     """What a format's model reads of an item after the runner's preparation: `seen(guard, template, loaded, item)`."""
 
     def see(guard: Any, template: Any, loaded: LoadedModel, item: JudgeInput) -> tuple[tuple[int, ...], list[str]]:
-        judge = GuardJudge(guard, Source(folder=tmp_path, base=None, identity="tiny@0", suffix=""))
+        judge = GuardJudge(guard, Source(model=tmp_path, identity="tiny@0"))
         reader = Reader(loaded)
         prepared, notes = judge._prepared(reader, item)
         return reader.render(template, guard.messages(prepared)), notes

@@ -208,7 +208,7 @@ def test_llama_guard_4_from_a_folder_with_a_processors_template(
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": loaded.template.text}))
     judge = get_judge(f"llama-guard-4:{folder}")
     assert isinstance(judge, GuardJudge)
-    judge.place(dtype="float32", device="cpu")
+    judge.ready(dtype="float32", device="cpu")
     (ruling,) = judge.judge([ITEM])
     set_chunks(loaded.model)
     (expected,) = LlamaGuard(4).rule(Reader(loaded), loaded.template, [ITEM])

@@ -39,7 +39,7 @@ def loaded(guard_model: Callable[..., LoadedModel], tokenizer: Any) -> LoadedMod
 
 
 def source(folder: Path = Path("none")) -> Source:
-    return Source(folder=folder, base=None, identity="tiny@0", suffix="")
+    return Source(model=folder, identity="tiny@0")
 
 
 def prompt_ids(loaded: LoadedModel, item: JudgeInput) -> tuple[int, ...]:
@@ -188,7 +188,7 @@ def test_a_judge_from_a_folder_end_to_end(loaded: LoadedModel, tmp_path: Path) -
     teacher.tokenizer.save_pretrained(folder)
     judge = get_judge(f"qwen3guard:{folder}")
     assert isinstance(judge, GuardJudge)
-    judge.place(dtype="float32", device="cpu")
+    judge.ready(dtype="float32", device="cpu")
     empty = JudgeInput(prompt="How?", response=" \n…")
     ruling, again, nothing = judge.judge([ITEM, ITEM, empty])
     assert (ruling.status, ruling.refuses, ruling.raw) == ("complied", False, UNSAFE)

@@ -125,7 +125,7 @@ class Loud:
 
 @pytest.fixture
 def judge(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> GuardJudge:
-    made = GuardJudge(Loud(), Source(folder=Path("none"), base=None, identity="a/b@1", suffix=""))
+    made = GuardJudge(Loud(), Source(model=Path("none"), identity="a/b@1"))
     monkeypatch.setattr(made, "_load", lambda: (Reader(loaded), None))
     return made
 
@@ -163,7 +163,7 @@ def test_the_version_changes_with_weights_and_rule() -> None:
     def version(identity: str, rule_text: str) -> str:
         guard = Loud()
         guard.about = dataclasses.replace(guard.about, rule_text=rule_text)
-        return GuardJudge(guard, Source(folder=Path("x"), base=None, identity=identity, suffix="")).version
+        return GuardJudge(guard, Source(model=Path("x"), identity=identity)).version
 
     assert len({version("a@1", "x"), version("a@2", "x"), version("a@1", "y")}) == 3
     assert version("a@1", "x").startswith("a@1#")

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from deepalign.errors import UserError
-from deepalign.judges import get_judge
+from deepalign.judges import get_judge, make_ready
 from deepalign.judges.guards import GUARDS
 from deepalign.judges.guards.runner import GuardJudge
 from deepalign.judges.guards.sources import Weights, content_hash, find
@@ -42,11 +42,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str 
     return asked
 
 
-def test_the_default_and_the_sizes_are_pinned(hub: list[tuple[str, str | None]]) -> None:
+def test_the_default_and_the_sizes_are_pinned_and_fetched_when_needed(hub: list[tuple[str, str | None]]) -> None:
     default, large = find("guard", "", SIZES), find("guard", "9B", SIZES)
-    assert hub == [("owner/guard-1b", COMMIT), ("owner/guard-9b", "f" * 40)]
+    assert hub == []
     assert (default.identity, default.suffix) == (f"owner/guard-1b@{COMMIT}", "")
     assert (large.identity, large.suffix) == (f"owner/guard-9b@{'f' * 40}", "9b")
+    folder, base = large.folders("guard")
+    assert (folder.name, base) == ("f" * 40, None)
+    assert hub == [("owner/guard-9b", "f" * 40)]
 
 
 def test_any_hub_id_is_known_by_its_commit(hub: list[tuple[str, str | None]]) -> None:
@@ -55,13 +58,16 @@ def test_any_hub_id_is_known_by_its_commit(hub: list[tuple[str, str | None]]) ->
     assert branch.identity == bare.identity == f"me/mine@{COMMIT}"
     assert branch.suffix != bare.suffix, "two specs are two judges"
     assert branch.suffix.startswith("mine-")
+    commit = find("guard", f"me/mine@{'c' * 40}", SIZES)
+    assert commit.identity == f"me/mine@{'c' * 40}"
+    assert len(hub) == 2, "a commit needs no asking"
 
 
 def test_an_adapter_brings_its_pinned_base(hub: list[tuple[str, str | None]]) -> None:
     source = find("guard", "", ADAPTER)
-    assert hub == [("owner/adapter", COMMIT), ("owner/base", "b" * 40)]
-    assert source.base is not None
     assert source.identity == f"owner/adapter@{COMMIT}+owner/base@{'b' * 40}"
+    assert source.folders("guard")[1] is not None
+    assert hub == [("owner/adapter", COMMIT), ("owner/base", "b" * 40)]
     assert find("guard", "", ADAPTER, base="me/other").identity.endswith(f"+me/other@{COMMIT}")
 
 
@@ -71,7 +77,7 @@ def test_a_folder_is_known_by_its_content(tmp_path: Path, hub: list[tuple[str, s
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"a" * 200_000)
     first = find("guard", str(folder), SIZES)
-    assert first.folder == folder
+    assert first.folders("guard") == (folder, None)
     assert first.identity == f"odd name!#{content_hash(folder)}"
     assert first.suffix.startswith("odd-name-")
     (folder / "notes.md").write_text("not read by the loader")
@@ -89,8 +95,8 @@ def test_a_bare_adapter_in_a_folder_takes_the_pinned_base(tmp_path: Path, hub: l
     base = tmp_path / "base"
     base.mkdir()
     local = find("guard", str(folder), ADAPTER, base=str(base))
-    assert local.base == base
-    assert hub == [("owner/base", "b" * 40)]
+    assert local.folders("guard") == (folder, base)
+    assert hub == []
 
 
 @pytest.mark.parametrize("spec", ["14b", "-", "0.6", "a@b"])
@@ -109,7 +115,7 @@ def test_weights_that_cannot_be_had(spec: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError) as error:
-        find("guard", spec, SIZES)
+        find("guard", spec, SIZES).folders("guard")
     text = str(error.value)
     assert "\n" not in text
     assert "401: you are not on the list" in text
@@ -119,12 +125,17 @@ def test_weights_that_cannot_be_had(spec: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", sorted(GUARDS))
 def test_every_guard_has_pinned_weights_and_one_line(name: str, hub: list[tuple[str, str | None]]) -> None:
-    judge = get_judge(name)
-    assert judge.name == name
+    judge, again = get_judge(name), get_judge(name)
+    assert isinstance(judge, GuardJudge)
+    assert isinstance(again, GuardJudge)
+    assert (judge.name, again.version) == (name, judge.version)
+    assert hub == [], "naming a judge costs nothing"
+    make_ready(judge, device="cpu", dtype="float32")
+    assert hub
     assert all(revision and len(revision) == 40 and set(revision) <= set("0123456789abcdef") for _, revision in hub)
     assert GUARDS[name].says
     assert "\n" not in GUARDS[name].says
-    assert isinstance(judge, GuardJudge)
-    again = get_judge(name)
-    assert isinstance(again, GuardJudge)
-    assert again.version == judge.version
+    for size in judge._guard.about.sizes:
+        assert size in GUARDS[name].says or name in ("qwen3guard-strict", "harmbench", "strongreject-ft"), size
+        sized = get_judge(f"{name}:{size}")
+        assert sized.name in (name, f"{name}-{size}")

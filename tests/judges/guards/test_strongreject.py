@@ -130,7 +130,7 @@ def test_a_bare_adapter_without_config(own_tokenizer: bool, folders: Any) -> Non
             file.unlink()
     judge = get_judge(f"strongreject-ft:{adapter}::{base}")
     assert isinstance(judge, GuardJudge)
-    judge.place(dtype="float32", device="cpu")
+    judge.ready(dtype="float32", device="cpu")
     assert [ruling.score for ruling in judge.judge(ITEMS)] == pytest.approx(scores, abs=1e-5)
     assert "+gemma-2b#" in judge.version
     assert not judge.tells_refusals
@@ -140,7 +140,7 @@ def test_the_adapter_matters(folders: Any) -> None:
     _, base, scores = folders
     judge = get_judge(f"strongreject-ft:{base}")
     assert isinstance(judge, GuardJudge)
-    judge.place(dtype="float32", device="cpu")
+    judge.ready(dtype="float32", device="cpu")
     plain = judge.judge(ITEMS)
     assert [ruling.score for ruling in plain] != pytest.approx(scores, abs=1e-3)
 

@@ -93,14 +93,14 @@ GUARDS: dict[str, Entry] = {
 
 
 def guard_judge(name: str, spec: str = "") -> GuardJudge:
-    """The judge of that name; its weights are fetched where they are not there, and loaded with the first text.
+    """The judge of that name; its weights are fetched when it is made ready, and loaded with the first text.
 
     Args:
         name: A key of `GUARDS`.
         spec: Size, hub id with or without @REVISION, or folder; "" for the pinned default; "::" and more after it.
 
     Raises:
-        UserError: The weights cannot be had; one line that says where to ask.
+        UserError: There is no such size or folder, or what follows "::" cannot be used.
     """
     from deepalign.errors import UserError
     from deepalign.judges.guards.runner import GuardJudge

@@ -49,15 +49,19 @@ class GuardJudge:
         self._loaded: tuple[Reader, ChatTemplate | None] | None = None
         self._known: dict[JudgeInput, Ruling] = {}
 
-    def place(self, *, device: str = "auto", dtype: Dtype = "auto", max_batch: int = 32) -> None:
-        """Say what the guard runs on, before its first text.
+    def ready(self, *, device: str = "auto", dtype: Dtype = "auto", max_batch: int = 32) -> None:
+        """Fetch the weights where they are not there, and say what they run on; called before long work begins.
 
         Args:
             device: As for `load_model`.
             dtype: As for `load_model`.
             max_batch: Most texts at a time; memory may allow fewer.
+
+        Raises:
+            UserError: The weights cannot be had; one line that says where to ask.
         """
         self._placement = (device, dtype, max_batch)
+        self._source.folders(self._guard.about.name)
 
     def judge(self, items: Sequence[JudgeInput]) -> list[Ruling]:
         """Rule on each item; same order and length. Equal items are read once."""
@@ -100,17 +104,18 @@ class GuardJudge:
     def _load(self) -> tuple[Reader, ChatTemplate | None]:
         if self._loaded is None:
             device, dtype, max_batch = self._placement
+            folder, base = self._source.folders(self._guard.about.name)
             try:
                 loaded = load_model(
-                    str(self._source.folder),
+                    str(folder),
                     device=device,
                     dtype=dtype,
-                    adapter_base=None if self._source.base is None else str(self._source.base),
+                    adapter_base=None if base is None else str(base),
                     fallback_template=ChatTemplate(text=PLAIN_TEMPLATE, source="none"),
                 )
             except UserError as error:
                 raise UserError(f"judge {self.name!r}: {error}") from error
-            own = loaded.template if loaded.template.source == "model" else _beside_processor(self._source.folder)
+            own = loaded.template if loaded.template.source == "model" else _beside_processor(folder)
             self._loaded = (Reader(loaded, max_batch=max_batch), own)
         return self._loaded
 

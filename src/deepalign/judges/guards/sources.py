@@ -1,6 +1,7 @@
 """Which weights a guard judge reads: a pinned release by size, any hub id with its revision, or a local folder.
 
-Owns the spec after the judge's name and the identity that goes into verdicts. Loads nothing; imports no torch.
+Owns the spec after the judge's name and the identity that goes into verdicts. A commit is known without asking the hub;
+weights are fetched when the judge is made ready. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from pathlib import Path
 from deepalign.errors import UserError
 
 _REVISION = re.compile(r"(?P<model>.+)@(?P<revision>[A-Za-z0-9._-]+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _EDGE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """One published release."""
+    """One commit of a hub repository."""
 
     hub_id: str
     revision: str
@@ -29,22 +31,35 @@ class Weights:
     base: Weights | None = None
     """The model that an adapter sits on."""
 
+    @property
+    def identity(self) -> str:
+        """Which weights these are."""
+        return f"{self.hub_id}@{self.revision}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Weights that are there."""
+    """Where a judge's weights are, or come from."""
 
-    folder: Path
-    base: Path | None
-    """Folder of the model that an adapter sits on; None takes the one that the adapter names."""
+    model: Path | Weights
+    base: Path | Weights | None = None
+    """The model that an adapter sits on; None takes the one that the adapter names."""
     identity: str
-    """Id and commit, or folder name and a hash of its content."""
-    suffix: str
+    """Id and commit, or folder name and a hash of its content; the base's too."""
+    suffix: str = ""
     """What tells this judge from the default one, for file names; "" for the default."""
+
+    def folders(self, judge: str) -> tuple[Path, Path | None]:
+        """The weights' folder and the base's, fetched where they are not there yet.
+
+        Raises:
+            UserError: They cannot be had; one line that says where to ask.
+        """
+        return _folder(judge, self.model), None if self.base is None else _folder(judge, self.base)
 
 
 def find(judge: str, spec: str, sizes: Mapping[str, Weights], *, base: str = "") -> Source:
-    """The weights that a spec names, fetched from the hub where they are not there yet.
+    """The weights that a spec names.
 
     Args:
         judge: Name of the judge, for messages.
@@ -53,27 +68,22 @@ def find(judge: str, spec: str, sizes: Mapping[str, Weights], *, base: str = "")
         base: For an adapter: id or folder of the model below it; "" for the pinned one, or what the adapter names.
 
     Raises:
-        UserError: They cannot be had; one line that says where to ask.
+        UserError: There is no such size or folder, or the hub does not tell which commit is meant.
     """
     default = next(iter(sizes))
     known = sizes.get(spec.lower() or default)
     if known is not None:
-        folder = _release(judge, known)
         suffix = "" if spec.lower() in ("", default) else spec.lower()
-        return _with_base(judge, folder, _identity(known.hub_id, folder), suffix, known.base, base)
+        return _source(judge, known, suffix, known.base, base)
     path = Path(spec).expanduser()
     if path.is_dir():
-        identity = f"{path.name}#{content_hash(path)}"
-        return _with_base(judge, path, identity, _slug(path.name, str(path.resolve())), _assumed(sizes, path), base)
-    found = _REVISION.fullmatch(spec)
-    model, revision = (found["model"], found["revision"]) if found else (spec, None)
-    if "/" not in model:
-        known_sizes = ", ".join(sizes)
-        raise UserError(
-            f"judge {judge!r} has no size or folder {spec[:200]!r}; give {known_sizes}, owner/name or a folder"
-        )
-    folder = _fetched(judge, model, revision, gated=False)
-    return _with_base(judge, folder, _identity(model, folder), _slug(model.rpartition("/")[2], spec), None, base)
+        bare = (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+        return _source(judge, path, _slug(path.name, str(path.resolve())), sizes[default].base if bare else None, base)
+    if "/" not in spec:
+        given = ", ".join(sizes)
+        raise UserError(f"judge {judge!r} has no size or folder {spec[:200]!r}; give {given}, owner/name or a folder")
+    found = _on_hub(judge, spec)
+    return _source(judge, found, _slug(found.hub_id.rpartition("/")[2], spec), None, base)
 
 
 def content_hash(folder: Path) -> str:
@@ -89,32 +99,28 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _with_base(judge: str, folder: Path, identity: str, suffix: str, pinned: Weights | None, given: str) -> Source:
-    if not given and pinned is None:
-        return Source(folder=folder, base=None, identity=identity, suffix=suffix)
-    if given and Path(given).expanduser().is_dir():
-        base = Path(given).expanduser()
-        below = f"{base.name}#{content_hash(base)}"
-    elif given:
-        found = _REVISION.fullmatch(given)
-        model, revision = (found["model"], found["revision"]) if found else (given, None)
-        base = _fetched(judge, model, revision, gated=False)
-        below = _identity(model, base)
-    else:
-        assert pinned is not None
-        base = _release(judge, pinned)
-        below = _identity(pinned.hub_id, base)
-    return Source(folder=folder, base=base, identity=f"{identity}+{below}", suffix=suffix)
+def _source(judge: str, model: Path | Weights, suffix: str, pinned: Weights | None, given: str) -> Source:
+    base: Path | Weights | None = pinned
+    if given:
+        path = Path(given).expanduser()
+        base = path if path.is_dir() else _on_hub(judge, given)
+    identity = _identity(model) if base is None else f"{_identity(model)}+{_identity(base)}"
+    return Source(model=model, base=base, identity=identity, suffix=suffix)
 
 
-def _assumed(sizes: Mapping[str, Weights], folder: Path) -> Weights | None:
-    """The pinned base of an adapter that someone has in a folder; None for whole models."""
-    pinned = next(iter(sizes.values())).base
-    return pinned if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file() else None
+def _on_hub(judge: str, spec: str) -> Weights:
+    """A hub id; where no commit is given, the one that a branch stands at now."""
+    found = _REVISION.fullmatch(spec)
+    model, revision = (found["model"], found["revision"]) if found else (spec, None)
+    if revision is None or not _COMMIT.fullmatch(revision):
+        folder = _fetched(judge, model, revision, gated=False)
+        # A snapshot's folder is named by its commit, whatever branch was asked for.
+        revision = folder.name
+    return Weights(hub_id=model, revision=revision)
 
 
-def _release(judge: str, release: Weights) -> Path:
-    return _fetched(judge, release.hub_id, release.revision, gated=release.gated)
+def _folder(judge: str, place: Path | Weights) -> Path:
+    return place if isinstance(place, Path) else _fetched(judge, place.hub_id, place.revision, gated=place.gated)
 
 
 def _fetched(judge: str, model: str, revision: str | None, *, gated: bool) -> Path:
@@ -129,10 +135,8 @@ def _fetched(judge: str, model: str, revision: str | None, *, gated: bool) -> Pa
         raise UserError(f"judge {judge!r}: {reason}; {ask}give a local copy with --judge {judge}:FOLDER") from error
 
 
-def _identity(model: str, folder: Path) -> str:
-    """A snapshot's folder is named by its commit, whatever branch was asked for."""
-    commit = folder.name if folder.parent.name == "snapshots" else content_hash(folder)
-    return f"{model}@{commit}"
+def _identity(place: Path | Weights) -> str:
+    return f"{place.name}#{content_hash(place)}" if isinstance(place, Path) else place.identity
 
 
 def _slug(name: str, spec: str) -> str:
