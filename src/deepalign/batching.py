@@ -48,6 +48,8 @@ class Continuation:
     reason: str = ""
     logprobs: tuple[float, ...] = ()
     """Natural log-probability of each id before temperature and cuts; empty if not asked for."""
+    note: str = ""
+    """What is not exact about the ids, where an engine gave no ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

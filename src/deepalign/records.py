@@ -128,6 +128,8 @@ class Completion:
     num_input_tokens: int = 0
     reason: str = ""
     """Why the attempt failed, when it did."""
+    note: str = ""
+    """What is not exact about the ids, where they had to be taken from a server's text."""
 
     @property
     def key(self) -> Key:

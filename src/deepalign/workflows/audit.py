@@ -25,7 +25,7 @@ from deepalign.workflows.inputs import PRESENTATION, Inputs, facts, identity, re
 from deepalign.workflows.measures import measure, note_openings
 from deepalign.workflows.models import AuditModels, check_not_swapped, check_not_the_same
 from deepalign.workflows.reporting import judge_and_report
-from deepalign.workflows.serving import deciding_settings, looks_inside
+from deepalign.workflows.serving import check_same_answers, deciding_settings
 from deepalign.workflows.sharding import finish_shard
 from deepalign.workflows.steps import timed
 from deepalign.workflows.summary import PROMPTS
@@ -53,13 +53,13 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
     tunes = "finetuning" in inputs.probes and (shard is None or shard.index == 1)
     if tunes:
         check_attacks(run, config, inputs.prompt_set)
-    local = None if shard is None else shard.local
-    models = AuditModels(config, looks_inside=looks_inside(config, inputs.probes), local=local)
+    models = AuditModels(config, inputs.probes, local=None if shard is None else shard.local)
     progress("loading models", 0, 1)
     _check_models(config, inputs, models)
     progress("loading models", 1, 1)
     with run.writing(wait=_PATIENCE if shard and shard.together else 0.0):
         run.claim(identity(config, inputs, models), facts(config, inputs, models))
+        check_same_answers(run.manifest.get("engine"), models.engine_facts)
         if config.base is not None and not config.skip_swap_check and "swap_check" not in run.manifest:
             prompts = inputs.prompt_set.prompts
             engine, base = models.engine("target"), models.get("base")

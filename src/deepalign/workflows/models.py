@@ -13,12 +13,14 @@ from deepalign.config import AuditConfig
 from deepalign.config_engine import HF
 from deepalign.engines import Engine
 from deepalign.engines.in_process import in_process
+from deepalign.engines.served import ServedEngine
 from deepalign.errors import UserError
 from deepalign.hardware import own_device
 from deepalign.judges import get_judge
 from deepalign.models import Dtype, LoadedModel, load_model
 from deepalign.readers import Reader, Reads, load_reader
 from deepalign.records import JudgeInput, Prompt, Ruling, Sampling
+from deepalign.workflows.serving import looks_inside, open_served, prefills
 
 Held = Literal["target", "base"]
 KL_FLOAT32_LIMIT = 4_000_000_000
@@ -29,18 +31,19 @@ _SWAP_GAP = 0.5
 class AuditModels:
     """The target and its base, loaded when first asked for and kept in one dtype at a time."""
 
-    def __init__(self, config: AuditConfig, *, looks_inside: bool = True, local: int | None = None) -> None:
+    def __init__(self, config: AuditConfig, probes: Sequence[str], *, local: int | None = None) -> None:
         """Keep the settings; nothing is loaded yet.
 
         Args:
             config: The audit's.
-            looks_inside: Whether a probe needs the target's weights here, although servers generate.
+            probes: Those that run: they decide what is loaded here, although servers generate.
             local: Which of several processes on this machine this is: each takes its own GPU.
         """
+        self._prefills = prefills(config, probes)
         self._config = config
         self._device = own_device(config.device, local)
         self._loaded: dict[Held, LoadedModel] = {}
-        self.holds_target = looks_inside or config.engine == HF
+        self.holds_target = config.engine == HF or looks_inside(config, probes)
 
     @property
     def reader(self) -> Reads:
@@ -67,12 +70,22 @@ class AuditModels:
     @property
     def engine_identity(self) -> dict[str, Any]:
         """What of the engine decides the numbers; nothing is loaded for it."""
-        return {"engine": HF}
+        return {"engine": HF} if self._config.engine == HF else self.served.identity
+
+    @property
+    def engine_facts(self) -> dict[str, Any] | None:
+        """What the trial of the servers found; None in this process."""
+        return None if self._config.engine == HF else self.served.facts
+
+    @functools.cached_property
+    def served(self) -> ServedEngine:
+        """The servers, tried once."""
+        return open_served(self._config, self.reader, prefills=self._prefills)
 
     def engine(self, role: Held) -> Engine:
         """What generates for a role."""
         if role == "target" and self._config.engine != HF:
-            raise UserError(f"--engine {self._config.engine.partition(':')[0]} is not there yet; use hf")
+            return self.served
         return in_process(self.get(role), self._config.max_batch)
 
     def get(self, role: Held) -> LoadedModel:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepalign.config import AuditConfig, settings_of
-from deepalign.config_engine import HF, NEED_WEIGHTS
+from deepalign.config_engine import HF, NEED_WEIGHTS, engine_urls
+from deepalign.endpoints.client import Client
+from deepalign.endpoints.servers import Server
+from deepalign.engines.served import ServedEngine
+from deepalign.engines.trial import open_engine, same_greedy
+from deepalign.errors import UserError
+from deepalign.readers import Reads
 
 _PLACE = ("engine", "engine_model", "engine_key_env", "engine_concurrency", "white_box")
 """Settings that say where servers are; what they hold is found out, and counts instead."""
@@ -36,6 +42,26 @@ def deciding_settings(config: AuditConfig, presentation: Sequence[str]) -> dict[
     """An audit's settings without those that do not decide its numbers; of the engine only its kind."""
     settings = settings_of(config, (*presentation, *_PLACE))
     return {**settings, "engine": config.engine.partition(":")[0]}
+
+
+def open_served(config: AuditConfig, reader: Reads, *, prefills: bool) -> ServedEngine:
+    """The engine of an audit's servers, after their trial; raises `UserError` where they cannot be used."""
+    servers = [
+        Server(url=url, model=config.engine_model, key_env=config.engine_key_env) for url in engine_urls(config.engine)
+    ]
+    return open_engine(Client(servers, concurrency=config.engine_concurrency), reader, prefills=prefills)
+
+
+def check_same_answers(known: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+    """Refuse to go on with a run that other weights began; raises `UserError`."""
+    if not known or not now:
+        return
+    before, after = known["servers"][0], now["servers"][0]
+    if same_greedy(before["greedy"], after["greedy"]) == 0:
+        raise UserError(
+            f"{after['url']} answers otherwise than {before['url']} did when this run began: it holds other weights; "
+            "give another --output"
+        )
 
 
 def _beside(config: AuditConfig) -> bool:

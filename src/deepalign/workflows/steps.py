@@ -124,6 +124,7 @@ def to_completion(
         num_thought_tokens=split.answer,
         prefill_in_thoughts=inside,
         finish=continuation.finish,
+        note=continuation.note,
         num_input_tokens=num_input,
         reason=f"no answer: still thinking after {len(ids)} tokens" if split.unfinished else continuation.reason,
     )

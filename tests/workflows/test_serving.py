@@ -1,0 +1,211 @@
+"""Audits on servers: the same records as in process, no weights loaded here, and servers that die or fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import deepalign
+from deepalign import AuditConfig, UserError
+from deepalign.models import LoadedModel, load_model
+from deepalign.records import Completion, read_jsonl
+from deepalign.workflows import models as held
+from fake_endpoint import FakeEndpoint
+from fake_engine import FakeEngine
+
+
+@pytest.fixture
+def greedy(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under which an engine has no draws to make of its own."""
+    small = {"limit": 3, "max_new_tokens": 10, "any_depth_every": 10}
+    return {**settings, "base": None, "temperature": 0.0, **small}
+
+
+@pytest.fixture
+def target(settings: dict[str, Any]) -> LoadedModel:
+    return load_model(settings["model"], dtype="float32", device="cpu")
+
+
+@contextmanager
+def endpoint(loaded: LoadedModel, kind: str = "vllm", vice: str = "", **settings: Any) -> Iterator[FakeEndpoint]:
+    with FakeEndpoint(FakeEngine(loaded.model, loaded.tokenizer, kind=kind, vice=vice), **settings) as one:
+        yield one
+
+
+def completions(run: Path) -> dict[Any, Completion]:
+    found = list(read_jsonl(run / "completions.jsonl", Completion))
+    by_key = {one.key: one for one in found}
+    assert len(by_key) == len(found), "nothing is written twice"
+    return by_key
+
+
+def no_weights(*_: object, **__: object) -> None:
+    raise AssertionError("weights are loaded")
+
+
+def test_an_audit_on_a_server_is_the_one_in_process(
+    greedy: dict[str, Any], target: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes = ("prefill", "jailbreaks", "over-refusal", "any-depth")
+    here = deepalign.audit(AuditConfig(**greedy, probes=probes, output=tmp_path / "hf"))
+    monkeypatch.setattr(held, "load_model", no_weights)
+    with endpoint(target) as one:
+        settings = {**greedy, "engine": f"openai:{one.url}", "probes": probes}
+        there = deepalign.audit(AuditConfig(**settings, output=tmp_path / "served"))
+    assert completions(there.run) == completions(here.run)
+    assert there.metrics["prefill"] == here.metrics["prefill"]
+    assert [row["asr"] for row in there.metrics["prefill"]] == [0.0, 1.0, 1.0, 1.0]
+    manifest = json.loads((there.run / "manifest.json").read_text(encoding="utf-8"))
+    config = manifest["config"]
+    assert (config["engine"], config["served_model"], config["served_by"]) == ("openai", "fake", "completions")
+    assert config["model_fingerprint"] is config["loaded_dtype"] is None
+    (found,) = manifest["engine"]["servers"]
+    assert (found["read_ids"], found["written_ids"]) == ("echoed", "returned")
+    assert "127.0.0.1" not in json.dumps(config), "where a server is does not bind a run"
+
+
+def test_suites_leave_out_what_needs_weights_and_name_what_brings_it(
+    greedy: dict[str, Any], target: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "load_model", no_weights)
+    with endpoint(target) as one:
+        result = deepalign.audit(
+            AuditConfig(**{**greedy, "depths": (0, 5)}, engine=f"openai:{one.url}", output=tmp_path / "run")
+        )
+    reasons = result.metrics["not_run"]
+    for section in ("refusal_onset", "harmful_rank", "rap"):
+        assert reasons[section] == (
+            "needs weights, which --engine openai leaves on the servers; --white-box beside loads them here too"
+        )
+    assert reasons["kl"] == "needs --base"
+    assert result.metrics["prefill"] is not None
+    assert result.metrics["decoding"] is not None
+    assert result.report.exists()
+
+
+@pytest.mark.parametrize("how", [{"probes": ("prefill", "onset")}, {"suite": "quick", "white_box": "beside"}])
+def test_probes_that_need_weights_run_beside_where_they_are_asked_for(
+    greedy: dict[str, Any], target: LoadedModel, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    with endpoint(target) as one:
+        settings = {**greedy, "engine": f"openai:{one.url}", "depths": (0,), **how}
+        result = deepalign.audit(AuditConfig(**settings, output=tmp_path / "run"))
+    assert result.metrics["refusal_onset"] is not None
+    manifest = json.loads((result.run / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["config"]["model_fingerprint"] == target.fingerprint
+    assert one.answered > 0
+
+
+def test_the_base_answers_in_process_beside_a_served_target(
+    settings: dict[str, Any], target: LoadedModel, tmp_path: Path
+) -> None:
+    probes = ("prefill", "refusal-prefix")
+    with endpoint(target, "llama.cpp") as one:
+        changes = {"engine": f"openai:{one.url}", "probes": probes, "depths": (0, 5), "max_new_tokens": 4}
+        result = deepalign.audit(AuditConfig(**{**settings, **changes}, output=tmp_path / "run"))
+    assert result.metrics["run_card"]["swap_check"]["target_refused"] == 6
+    assert result.metrics["refusal_prefix"] is not None
+    assert result.metrics["models"]["base"]["fingerprint"]
+
+
+def test_a_run_goes_on_at_another_address_but_not_with_other_weights_or_another_engine(
+    greedy: dict[str, Any], target: LoadedModel, tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    def audited(**changes: Any) -> deepalign.AuditResult:
+        wanted = {**greedy, "probes": ("prefill",), "depths": (0,), "output": tmp_path / "run", **changes}
+        return deepalign.audit(AuditConfig(**wanted))
+
+    with endpoint(target) as one:
+        before = completions(audited(engine=f"openai:{one.url}").run)
+    with endpoint(target) as two:
+        assert completions(audited(engine=f"openai:{two.url}").run) == before
+    other = FakeEngine(tiny_llama(seed=5), target.tokenizer)
+    with FakeEndpoint(other) as three, pytest.raises(UserError, match="it holds other weights"):
+        audited(engine=f"openai:{three.url}")
+    with endpoint(target, models=("another",)) as four, pytest.raises(UserError, match="served_model='fake'"):
+        audited(engine=f"openai:{four.url}")
+    with pytest.raises(UserError, match="engine='openai', not 'hf'"):
+        audited()
+
+
+@contextmanager
+def processes(folder: str, *arguments: tuple[str, ...]) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
+    """Servers in processes of their own, with their addresses."""
+    tests = Path(__file__).resolve().parents[1]
+    source = str(Path(deepalign.__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        started = []
+        for extra in arguments:
+            command = [sys.executable, str(tests / "fake_engine.py"), folder, *extra]
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            )
+            stack.callback(process.wait, timeout=30)
+            stack.callback(process.kill)
+            started.append(process)
+        yield [(process, process.stdout.readline().strip()) for process in started if process.stdout]
+
+
+def test_of_three_servers_one_is_killed_and_one_fails_and_nothing_is_lost_or_doubled(
+    greedy: dict[str, Any], tmp_path: Path
+) -> None:
+    probes = ("prefill", "decoding", "over-refusal")
+    greedy = {**greedy, "probes": probes, "max_new_tokens": 5}
+    here = deepalign.audit(AuditConfig(**greedy, output=tmp_path / "hf"))
+    # The second answers the trial, and then every call with 500; the third is killed in the middle of the run.
+    with processes(greedy["model"], (), ("--fault", "500", "--after", "30"), ("--seconds", "0.05")) as servers:
+        urls = [url for _, url in servers]
+        assert all(url.startswith("http://127.0.0.1:") for url in urls)
+        victim = servers[2][0]
+
+        def kill_in_the_middle() -> None:
+            records = tmp_path / "served" / "completions.jsonl"
+            while not records.exists() or records.read_bytes().count(b"\n") < 12:
+                time.sleep(0.01)
+            victim.kill()
+
+        killer = threading.Thread(target=kill_in_the_middle, daemon=True)
+        killer.start()
+        settings = {**greedy, "engine": f"openai:{','.join(urls)}", "engine_concurrency": 4}
+        there = deepalign.audit(AuditConfig(**settings, output=tmp_path / "served"))
+        killer.join(timeout=10)
+        assert victim.wait(timeout=10) != 0, "it was killed while the run went on"
+    mine, theirs = completions(here.run), completions(there.run)
+    assert mine.keys() == theirs.keys()
+    assert {one.status for one in theirs.values()} == {"ok"}
+    drawn = {key for key in mine if key.attack == "decoding" and key.variant != "greedy"}
+    assert {key: one for key, one in theirs.items() if key not in drawn} == {
+        key: one for key, one in mine.items() if key not in drawn
+    }
+
+
+def test_mistakes_get_one_line(
+    greedy: dict[str, Any], target: LoadedModel, pair: Any, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def told(engine: str, *more: str) -> str:
+        return mistake("audit", pair.target, "--prompts", pair.prompts, "--engine", engine, *more)
+
+    assert "cannot be reached" in told("openai:http://127.0.0.1:9/v1")
+    with endpoint(target, models=("one", "two")) as two:
+        assert "serves 2 models (one, two)" in told(f"openai:{two.url}")
+    with endpoint(target, faults=lambda number: "404") as wrong:
+        assert "no such model or path" in told(f"openai:{wrong.url}", "--engine-model", "nothing")
+    with endpoint(target, faults=lambda number: "401") as closed:
+        assert "no key, since OPENAI_API_KEY is not set" in told(f"openai:{closed.url}")
+    with endpoint(target, "chat", "no continue") as chat:
+        assert "does not go on after an assistant's message" in told(f"openai:{chat.url}")
+    skipped = told("openai:http://127.0.0.1:9/v1", "--white-box", "skip", "--probes", "onset", "ranks")
+    assert skipped.startswith("--probes onset ranks cannot run: onset needs weights")
