@@ -1,22 +1,16 @@
 """An OpenAI-compatible server of a tiny model, on loopback: what it writes is what `generate` writes in process.
 
-Dialects and vices are switches, so that a trial can be shown every kind of server. Also a program of its own
-(`python fake_engine.py FOLDER --fault ...`), which prints its address, so that a server can be killed.
+Dialects and vices are switches, so that a trial can be shown every kind of server.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import threading
-import time
-from pathlib import Path
 from typing import Any
 
 from deepalign.batching import Job
 from deepalign.generation import generate
 from deepalign.records import Sampling
-from fake_endpoint import FakeEndpoint
 
 KINDS = ("vllm", "llama.cpp", "plain", "chat")
 """Ids out on the OpenAI path; llama.cpp's own path; ids in but only text out and nothing extra; chat alone."""
@@ -141,31 +135,3 @@ class FakeEngine:
 
 class _TooLong(Exception):
     pass
-
-
-def main() -> None:
-    """Serve a model folder until killed."""
-    import torch
-
-    from deepalign.models import load_model
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kind", default="vllm")
-    parser.add_argument("--fault", default="", help='a fault of FakeEndpoint, for all calls after "--after"')
-    parser.add_argument("--after", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=0.0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    loaded = load_model(str(options.folder), dtype="float32", device="cpu")
-    answer = FakeEngine(loaded.model, loaded.tokenizer, kind=options.kind)
-    faults = lambda number: options.fault if number >= options.after else ""  # noqa: E731
-    with FakeEndpoint(answer, faults=faults, seconds=options.seconds) as endpoint:
-        sys.stdout.write(f"{endpoint.url}\n")
-        sys.stdout.flush()
-        while True:
-            time.sleep(60)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import deepalign
 from deepalign import AuditConfig, UserError
@@ -138,35 +138,39 @@ def test_a_run_goes_on_at_another_address_but_not_with_other_weights_or_another_
         audited()
 
 
+def serve(loaded: LoadedModel, ready: Any, settings: dict[str, Any]) -> None:
+    """A server in a process of its own; tells its address, and serves until it is killed."""
+    torch.set_num_threads(1)
+    with endpoint(loaded, **settings) as one:
+        ready.put(one.url)
+        threading.Event().wait()
+
+
 @contextmanager
-def processes(folder: str, *arguments: tuple[str, ...]) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
-    """Servers in processes of their own, with their addresses."""
-    tests = Path(__file__).resolve().parents[1]
-    source = str(Path(deepalign.__file__).resolve().parents[1])
-    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        started = []
-        for extra in arguments:
-            command = [sys.executable, str(tests / "fake_engine.py"), folder, *extra]
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-            )
-            stack.callback(process.wait, timeout=30)
-            stack.callback(process.kill)
-            started.append(process)
-        yield [(process, process.stdout.readline().strip()) for process in started if process.stdout]
+def processes(loaded: LoadedModel, *settings: dict[str, Any]) -> Iterator[list[tuple[Any, str]]]:
+    """Servers, each in a process of its own that is forked from this one, with their addresses."""
+    context = multiprocessing.get_context("fork")
+    started: list[tuple[Any, str]] = []
+    try:
+        for each in settings:
+            ready = context.Queue()
+            process = context.Process(target=serve, args=(loaded, ready, each), daemon=True)
+            process.start()
+            started.append((process, ready.get(timeout=30)))
+        yield started
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.join(timeout=10)
 
 
 def test_of_three_servers_one_is_killed_and_one_fails_and_nothing_is_lost_or_doubled(
-    greedy: dict[str, Any], tmp_path: Path
+    greedy: dict[str, Any], target: LoadedModel, tmp_path: Path
 ) -> None:
-    probes = ("prefill", "decoding", "over-refusal")
-    greedy = {**greedy, "probes": probes, "max_new_tokens": 5}
-    here = deepalign.audit(AuditConfig(**greedy, output=tmp_path / "hf"))
-    # The second answers the trial, and then every call with 500; the third is killed in the middle of the run.
-    with processes(greedy["model"], (), ("--fault", "500", "--after", "30"), ("--seconds", "0.05")) as servers:
-        urls = [url for _, url in servers]
-        assert all(url.startswith("http://127.0.0.1:") for url in urls)
+    greedy = {**greedy, "probes": ("prefill", "decoding", "over-refusal"), "max_new_tokens": 5}
+    # The second answers its trial, and then every call with 500; the third is killed in the middle of the run.
+    failing = {"faults": lambda number: "500" if number >= 30 else ""}
+    with processes(target, {}, failing, {"seconds": 0.05}) as servers:
         victim = servers[2][0]
 
         def kill_in_the_middle() -> None:
@@ -177,10 +181,13 @@ def test_of_three_servers_one_is_killed_and_one_fails_and_nothing_is_lost_or_dou
 
         killer = threading.Thread(target=kill_in_the_middle, daemon=True)
         killer.start()
-        settings = {**greedy, "engine": f"openai:{','.join(urls)}", "engine_concurrency": 4}
+        engine = f"openai:{','.join(url for _, url in servers)}"
+        settings = {**greedy, "engine": engine, "engine_concurrency": 4}
         there = deepalign.audit(AuditConfig(**settings, output=tmp_path / "served"))
         killer.join(timeout=10)
-        assert victim.wait(timeout=10) != 0, "it was killed while the run went on"
+        victim.join(timeout=10)
+        assert victim.exitcode == -signal.SIGKILL, "it was killed while the run went on"
+    here = deepalign.audit(AuditConfig(**greedy, output=tmp_path / "hf"))
     mine, theirs = completions(here.run), completions(there.run)
     assert mine.keys() == theirs.keys()
     assert {one.status for one in theirs.values()} == {"ok"}
