@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tracemalloc
@@ -13,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import growth_script
 import pytest
 
 from deepalign.batching import Continuation
@@ -25,6 +22,7 @@ from deepalign.workflows import steps
 from deepalign.workflows.reporting import examples
 from deepalign.workflows.steps import ATTEMPTS, COMPLETIONS, complete, completed, judge_completions
 
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_growth.py"
 NUM_PROMPTS = 2000
 MOST_MIB = 48.0
 """Far below what the run writes and holds in Python objects, far above what an allocator keeps back."""
@@ -36,8 +34,9 @@ def test_an_interrupted_sharded_resumed_audit_of_many_prompts(
 ) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, str(SCRIPT), "--json", "--prompts", str(NUM_PROMPTS), "--folder", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, growth_script.__file__, str(tmp_path / "model"), str(tmp_path), str(NUM_PROMPTS)],
+        [*command, "--model", str(tmp_path / "model")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -45,24 +44,13 @@ def test_an_interrupted_sharded_resumed_audit_of_many_prompts(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["num_prompts"] == NUM_PROMPTS
-    assert [row["asr"] is not None for row in found["prefill"]] == [True, True]
+    assert [row["asr"] is not None for row in found["metrics"]] == [True, True]
     for name, each in (("completions", 2), ("verdicts.refusal", 2), ("onset", 1)):
         lines = (tmp_path / "run" / f"{name}.jsonl").read_bytes().splitlines()
         assert len(lines) == len(set(lines)) == each * NUM_PROMPTS
-    looks = found["looks"]
-    early = next(mib for part, stage, count, mib, _ in looks if stage == "prefill" and count >= NUM_PROMPTS // 10)
-    for part, stage, count, mib, _ in looks:
-        assert mib < early + MOST_MIB, f"{part} {stage} at {count}: {mib} MiB, {early} MiB early on"
+    assert found["mib_highest"] < found["mib_early"] + MOST_MIB, found["looks"]
     for stage in ("prefill", "refusal onset"):
-        paces = [
-            (end - start) / (last - first)
-            for (part, one, first, _, start), (same, other, last, _, end) in itertools.pairwise(looks)
-            if part == same and one == other == stage and last > first
-        ]
-        tenth = len(paces) // 4
-        first, last = statistics.median(paces[:tenth]), statistics.median(paces[-tenth:])
-        assert last < 2.5 * first, f"{stage}: {last:.2g} s each at the end, {first:.2g} s at first"
+        assert found[stage]["ms_late"] < 2.5 * found[stage]["ms_early"], found["looks"]
 
 
 class Refuser:
