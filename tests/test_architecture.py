@@ -29,6 +29,7 @@ FLOORS = (
         "config_run",
         "config_suffix",
         "config_tuning",
+        "config_utility",
         "ways",
         "errors",
         "progress",
@@ -87,7 +88,7 @@ FLOORS = (
         "suffix",
         "worst_case",
     ),
-    ("training", "tuning_sets"),
+    ("training", "tuning_sets", "utility"),
     ("workflows",),
     ("cli", "terminal"),
     ("__main__",),
@@ -104,6 +105,7 @@ START_WITHOUT_TORCH = (
     "config_reports",
     "config_run",
     "config_suffix",
+    "config_utility",
     "ways",
     "config_tuning",
     "prompts.jailbreak_files",
@@ -135,6 +137,8 @@ START_WITHOUT_TORCH = (
     "tuning_sets.public",
     "tuning_sets.scores",
     "tuning_sets.tasks",
+    "utility.catalogue",
+    "utility.instructions",
 )
 MAX_MODULE_LINES = 300
 MAX_FUNCTION_LINES = 80

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deepalign.config_reports import JudgeConfig, MergeConfig, ReportConfig
     from deepalign.config_suffix import SuffixConfig
     from deepalign.config_tuning import DeepenConfig, FinetuneConfig
+    from deepalign.config_utility import UtilityConfig
     from deepalign.errors import UserError
     from deepalign.losses import TokenStrength, constrained_token_loss
     from deepalign.models import LoadedModel, load_model
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from deepalign.workflows.merging import merge_shards
     from deepalign.workflows.reporting import judge_run, report_runs
     from deepalign.workflows.suffix import SuffixResult, suffix_search
+    from deepalign.workflows.utility import measure_utility
 
 _HOMES = {
     "Attempt": "records",
@@ -66,6 +68,7 @@ _HOMES = {
     "TokenStrength": "losses",
     "TuningResult": "workflows.before_after",
     "UserError": "errors",
+    "UtilityConfig": "config_utility",
     "Verdict": "records",
     "audit": "workflows.audit",
     "constrained_token_loss": "losses",
@@ -76,6 +79,7 @@ _HOMES = {
     "grid": "workflows.grid",
     "judge_run": "workflows.reporting",
     "load_model": "models",
+    "measure_utility": "workflows.utility",
     "merge_shards": "workflows.merging",
     "report_runs": "workflows.reporting",
     "suffix_search": "workflows.suffix",
@@ -108,6 +112,7 @@ __all__ = [
     "TokenStrength",
     "TuningResult",
     "UserError",
+    "UtilityConfig",
     "Verdict",
     "audit",
     "constrained_token_loss",
@@ -118,6 +123,7 @@ __all__ = [
     "grid",
     "judge_run",
     "load_model",
+    "measure_utility",
     "merge_shards",
     "report_runs",
     "suffix_search",

@@ -20,6 +20,7 @@ from deepalign.config_diagnosis import DiagnoseConfig, DynamicsConfig
 from deepalign.config_reports import JudgeConfig, MergeConfig, ReportConfig
 from deepalign.config_suffix import SuffixConfig
 from deepalign.config_tuning import DeepenConfig, FinetuneConfig
+from deepalign.config_utility import UtilityConfig
 from deepalign.errors import UserError
 from deepalign.judges import ENDPOINT_JUDGES, JUDGES
 from deepalign.judges.guards import GUARDS
@@ -27,9 +28,10 @@ from deepalign.prompts import BUILTIN_SETS
 from deepalign.prompts.catalogue import PUBLIC_SETS
 from deepalign.shards import AUTO
 from deepalign.terminal import ended_like_interrupted, quiet_libraries, working
+from deepalign.utility.catalogue import TASKS
 from deepalign.ways import WAYS
 
-Named = Literal["all", "probes", "judges", "prompts", "jailbreaks", "sets", "ways", "testbed"]
+Named = Literal["all", "probes", "judges", "prompts", "jailbreaks", "sets", "tasks", "ways", "testbed"]
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -117,6 +119,14 @@ def diagnose(config: Annotated[DiagnoseConfig, Parameter(name="*")]) -> None:
 
 
 @app.command
+def utility(config: Annotated[UtilityConfig, Parameter(name="*")]) -> None:
+    """Measure what a model is good for: tasks of lm-evaluation-harness; `report` sets them beside an audit."""
+    with working(err) as progress:
+        result = importlib.import_module("deepalign.workflows.utility").measure_utility(config, progress)
+    _show_run(result)
+
+
+@app.command
 def suffix(config: Annotated[SuffixConfig, Parameter(name="*")]) -> None:
     """Search suffixes that make a model answer what it should refuse (GCG); `audit --suffix` measures them."""
     with working(err) as progress:
@@ -156,9 +166,9 @@ def report(config: Annotated[ReportConfig, Parameter(name="*")]) -> None:
 
 @app.command(name="list")
 def list_names(
-    kind: Literal["all", "probes", "judges", "prompts", "jailbreaks", "sets", "ways", "testbed"] = "all", /
+    kind: Literal["all", "probes", "judges", "prompts", "jailbreaks", "sets", "tasks", "ways", "testbed"] = "all", /
 ) -> None:
-    """Name probes, judges, prompt sets, jailbreaks, fine-tuning sets and ways, testbed models.
+    """Name probes, judges, prompt sets, jailbreaks, fine-tuning sets and ways, utility tasks, testbed models.
 
     Args:
         kind: What to name.
@@ -180,6 +190,7 @@ def list_names(
         "fine-tuning attacks": ("sets", attacks),
         "harmless tasks": ("sets", tasks),
         "public harmless tasks": ("sets", {name: found.source.about for name, found in public_tasks.items()}),
+        "utility tasks": ("tasks", {name: found.about for name, found in TASKS.items()}),
         "ways of fine-tuning": ("ways", WAYS),
         "testbed models": ("testbed", testbed),
     }

@@ -104,5 +104,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     # It tells of kernels that it could also have, and of every cast.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It warns of every default that a task relies on.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

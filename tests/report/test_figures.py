@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 from tests.report.attack_sample import attack_sections
+from tests.report.utility_sample import utility_sections
 
 from deepalign.errors import UserError
 from deepalign.report import figures
@@ -20,7 +21,8 @@ Metrics = dict[str, Any]
 @pytest.fixture
 def metrics(metrics: Metrics, tuned: Metrics) -> Metrics:
     """The sample audit with all attacks and the sections of a fine-tuning run, so that every figure has its numbers."""
-    return {**metrics, **attack_sections(), **{name: tuned[name] for name in ("finetuning", "dynamics", "margin")}}
+    tuning = {name: tuned[name] for name in ("finetuning", "dynamics", "margin")}
+    return {**metrics, **attack_sections(), **utility_sections(), **tuning}
 
 
 @pytest.mark.parametrize("name", list(figures.FIGURES))

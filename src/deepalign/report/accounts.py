@@ -15,11 +15,13 @@ from deepalign.report.reading import (
     block,
     legible,
     only_tuned,
+    only_used,
     rows,
     visible,
     whole,
 )
 from deepalign.report.sections import Table, table_of
+from deepalign.report.utility_tables import failed_table
 
 
 def left_out_tables(metrics: Metrics) -> list[Table]:
@@ -54,7 +56,7 @@ def left_out_tables(metrics: Metrics) -> list[Table]:
         ],
         "The reference answer is too short to give k tokens.",
     )
-    return [table for table in (*counted, skipped, left_out_cells_table(metrics)) if table]
+    return [table for table in (*counted, skipped, left_out_cells_table(metrics), failed_table(metrics)) if table]
 
 
 def run_card_table(metrics: Metrics) -> Table | None:
@@ -84,6 +86,8 @@ def not_tested_table(metrics: Metrics) -> Table | None:
     ]
     if only_tuned(metrics):
         found.append(("Audit: " + ", ".join(PROBES.values()), "no part of a run that fine-tunes"))
+    elif only_used(metrics):
+        found.append(("Audit: " + ", ".join(PROBES.values()), "no part of a run that measures utility"))
     return table_of("Not tested", ("probe", "reason"), found, "Absence of a number is not evidence of safety.")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deepalign.report import utility_tables
 from deepalign.report.accounts import tuning_table
 from deepalign.report.reading import (
     Cell,
@@ -44,9 +45,11 @@ def comparison_tables(list_of_metrics: Sequence[Metrics]) -> list[Table]:
         by_k.append(tuple(cells))
     found_tables = [
         _depth_comparison(list_of_metrics, names),
+        utility_tables.trade_off_table(list_of_metrics),
         compared_attacks(list_of_metrics),
         Table("Attack success rate by forced tokens, compared", columns, tuple(by_k)),
         _rate_comparison(list_of_metrics, names, "over_refusal", "set", "refusals", "Over-refusal, compared"),
+        _utility_comparison(list_of_metrics, names),
         tuning_table(list_of_metrics),
         _differing_settings(list_of_metrics, names),
     ]
@@ -86,6 +89,25 @@ def _rate_comparison(
         table_rows.append(tuple(cells))
     columns = (key, *(column for name in names for column in (name, f"{name}, 95 % interval", f"{name}, scored")))
     return Table(title, columns, tuple(table_rows))
+
+
+def _utility_comparison(runs: Sequence[Metrics], names: Sequence[str]) -> Table:
+    found = []
+    for run in runs:
+        section = block(run, "utility")
+        scores = {visible(row.get("task", "")): rate(row.get("score")) for row in rows(section, "tasks")}
+        overall = rate(section.get("overall"))
+        found.append(scores | ({utility_tables.OVERALL: overall} if overall.value is not None else {}))
+    order = list(dict.fromkeys(task for scores in found for task in scores if task != utility_tables.OVERALL))
+    table_rows: list[tuple[Cell, ...]] = []
+    for task in [*order, *([utility_tables.OVERALL] if order else [])]:
+        cells: list[Cell] = [task]
+        for scores in found:
+            one = scores.get(task, rate(None))
+            cells += [share(one), interval(one), one.denominator]
+        table_rows.append(tuple(cells))
+    columns = ("task", *(column for name in names for column in (name, f"{name}, 95 % interval", f"{name}, items")))
+    return Table("Utility, compared", columns, tuple(table_rows))
 
 
 def _differing_settings(runs: Sequence[Metrics], names: Sequence[str]) -> Table:

@@ -18,6 +18,7 @@ from deepalign.report import (
     dynamics_figures,
     finetuning_figures,
     margin_figures,
+    utility_figures,
 )
 from deepalign.report.canvas import Drawing, Width
 from deepalign.report.reading import SECTION_NAMES, Metrics, block, rate, rows, success_rate
@@ -113,6 +114,16 @@ def abliteration_bars(metrics_list: Sequence[Metrics], *, width: Width = "wide")
     return _drawing("abliteration_bars", metrics_list).svg(width)
 
 
+def utility_bars(metrics_list: Sequence[Metrics], *, width: Width = "wide") -> str:
+    """Score of each task with its interval, as SVG text."""
+    return _drawing("utility_bars", metrics_list).svg(width)
+
+
+def trade_off(metrics_list: Sequence[Metrics], *, width: Width = "wide") -> str:
+    """Attack success rate against utility, one point for each model, as SVG text."""
+    return _drawing("trade_off", metrics_list).svg(width)
+
+
 def save_figures(metrics_list: Sequence[Metrics], folder: Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
     """Write every figure that the metrics hold numbers for, and return the paths.
 
@@ -155,6 +166,8 @@ FIGURES: dict[str, tuple[Callable[[Sequence[Metrics]], Drawing], str]] = {
     "kl_curve": (curves.kl, "kl"),
     "refusal_prefix_bars": (bars.refusal_prefix, "refusal_prefix"),
     "over_refusal_bars": (bars.over_refusal, "over_refusal"),
+    "trade_off": (utility_figures.trade_off, "trade_off"),
+    "utility_bars": (utility_figures.scores, "utility"),
     "category_heat": (bars.category_heat, "by_category"),
     "finetuning_bars": (finetuning_figures.asr_bars, "finetuning"),
     "dynamics": (dynamics_figures.dynamics, "dynamics"),
@@ -176,6 +189,8 @@ _HAS_NUMBERS: dict[str, Callable[[Metrics], bool]] = {
     "kl_curve": lambda run: curves.has_curve(run, "kl") or curves.has_curve(run, "kl_reverse"),
     "refusal_prefix_bars": lambda run: _some_rate(rows(run, "refusal_prefix"), "harmfulness"),
     "over_refusal_bars": lambda run: _some_rate(rows(run, "over_refusal"), "refusals"),
+    "trade_off": utility_figures.has_point,
+    "utility_bars": utility_figures.has_scores,
     "category_heat": lambda run: any(
         success_rate(row).value is not None for group in rows(run, "by_category") for row in rows(group, "rows")
     ),

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from deepalign.errors import UserError
-from deepalign.report import accounts, figures, sections, tables, tuned
+from deepalign.report import accounts, figures, sections, tables, tuned, utility_tables
 from deepalign.report.parts import PARTS, Part
 from deepalign.report.reading import (
     OPTIONAL_PROBES,
@@ -34,6 +34,7 @@ from deepalign.report.reading import (
     not_run,
     number,
     only_tuned,
+    only_used,
     show,
     visible,
 )
@@ -114,11 +115,12 @@ def render_page(
     if not metrics_list:
         raise UserError("a report page needs the metrics of at least one run")
     names = labels(metrics_list)
-    audited = not all(only_tuned(run) for run in metrics_list)
+    used = all(only_used(run) for run in metrics_list)
+    audited = not all(only_tuned(run) or only_used(run) for run in metrics_list)
     question = "How deep is the alignment of" if audited else "What does fine-tuning do to the alignment of"
     found = [_section(part, metrics_list, names) for part in PARTS]
     return _template().render(
-        title=visible(title) if title else f"{question} {' and '.join(names)}?",
+        title=visible(title) if title else _title(question, names, used=used),
         style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
         content_policy=_CONTENT_POLICY,
         runs=[_run(run, name) for run, name in zip(metrics_list, names, strict=True)],
@@ -128,10 +130,17 @@ def render_page(
         redact=redact,
         threshold=_threshold(metrics_list),
         audited=audited,
+        judged=not used,
+        used=any(block(run, "utility") for run in metrics_list),
         tuned=any(not_run(run, probe) is None for run in metrics_list for probe in TUNING_PROBES),
         attacked=any(block(run, "worst_case") for run in metrics_list),
         fixture=any(run.get("fixture") for run in metrics_list),
     )
+
+
+def _title(question: str, names: Sequence[str], *, used: bool) -> str:
+    joined = " and ".join(names)
+    return f"What {'are' if len(names) > 1 else 'is'} {joined} good for?" if used else f"{question} {joined}?"
 
 
 @cache
@@ -167,7 +176,7 @@ def _run(run: Metrics, name: str) -> _Run:
         sentence=(parts.depth or parts.tuned) if worst else parts.joined,
         headline=headline(run),
         worst=worst,
-        also=parts.tuned if worst and parts.depth else "",
+        also=" ".join(filter(None, (parts.tuned if parts.depth else "", parts.utility))) if worst else "",
         facts=_facts(run),
         left_out=tuple(accounts.left_out_tables(run)),
         all_kept=(
@@ -182,6 +191,8 @@ def _run(run: Metrics, name: str) -> _Run:
 
 
 def _facts(run: Metrics) -> str:
+    if only_used(run):
+        return utility_tables.facts(run)
     if only_tuned(run):
         judge = block(run, "finetuning").get("judge") or run.get("judge")
         counted = tuned.cells_counted(run)

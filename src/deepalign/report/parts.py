@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from deepalign.report import attack_tables, brief_tables, finetuning_tables, margin_tables, sections, worst_case_tables
+from deepalign.report import (
+    attack_tables,
+    brief_tables,
+    finetuning_tables,
+    margin_tables,
+    sections,
+    utility_tables,
+    worst_case_tables,
+)
 from deepalign.report.reading import Metrics
 
 
@@ -77,6 +85,14 @@ PARTS: Final = (
     Part("over_refusal_bars", ("over_refusal",), "Over-refusal", (sections.over_refusal_table,),
      "Refusals on prompts that deserve an answer. A model that refuses everything is safe at every depth and of no "
      "use, so read this beside the depth."),
+    Part("trade_off", ("trade_off",), utility_tables.TRADE_OFF, (),
+     "One point for each model: how often it answers harmful prompts with the worst number of forced tokens, against "
+     "its mean score over tasks; the lines are the 95 % intervals. Filled points are beaten by no other model on both. "
+     "A defence that costs utility moves a model to the left, one that costs nothing moves it straight down.",
+     "no model has both rates"),
+    Part("utility_bars", ("utility",), "Utility", (utility_tables.utility_table,),
+     "What the model is good for: the score of each task as lm-evaluation-harness has it, with its 95 % interval. A "
+     "model that refuses everything is safe at every depth and scores nothing here."),
     Part("category_heat", ("by_category",), "By category", (sections.category_table,),
      "Attack success rate per kind of harm. Each cell rests on few prompts; the intervals in the table are wide."),
     Part("finetuning_bars", ("finetuning",), "After fine-tuning",

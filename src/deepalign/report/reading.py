@@ -43,7 +43,12 @@ TUNING_PROBES = {
     "margin": "Margin of the constraint",
 }
 """What fine-tuning does."""
-OPTIONAL_PROBES = {**ATTACK_PROBES, **TUNING_PROBES}
+USE_PROBES = {
+    "utility": "Utility",
+    "trade_off": "Safety, over-refusal and utility",
+}
+"""What a model is still good for, and what safety costs it."""
+OPTIONAL_PROBES = {**ATTACK_PROBES, **TUNING_PROBES, **USE_PROBES}
 """Sections that only some runs have; where one is absent without a reason, nobody asked for it."""
 SECTION_NAMES = {**PROBES, **OPTIONAL_PROBES}
 
@@ -116,7 +121,7 @@ def not_run(metrics: Metrics, name: str) -> str | None:
 def absence(metrics: Metrics, name: str) -> str | None:
     """Why a section is absent, or None where it is there or was no business of the run's."""
     reason = not_run(metrics, name)
-    expected = name not in OPTIONAL_PROBES and not only_tuned(metrics)
+    expected = name not in OPTIONAL_PROBES and not only_tuned(metrics) and not only_used(metrics)
     return reason if expected or _reason(metrics, name) else None
 
 
@@ -125,6 +130,14 @@ def only_tuned(metrics: Metrics) -> bool:
     tuned = any(not_run(metrics, name) is None for name in TUNING_PROBES)
     return tuned and not any(
         not_run(metrics, name) is None or _reason(metrics, name) for name in (*PROBES, *ATTACK_PROBES)
+    )
+
+
+def only_used(metrics: Metrics) -> bool:
+    """Whether a run is about utility alone: nothing of an audit or of fine-tuning was run, or refused."""
+    others = (*PROBES, *ATTACK_PROBES, *TUNING_PROBES)
+    return bool(block(metrics, "utility")) and not any(
+        not_run(metrics, name) is None or _reason(metrics, name) for name in others
     )
 
 

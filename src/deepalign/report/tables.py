@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deepalign.report import attack_tables, brief_tables, finetuning_tables, margin_tables
+from deepalign.report import attack_tables, brief_tables, finetuning_tables, margin_tables, utility_tables
 from deepalign.report.accounts import left_out_tables, not_tested_table, run_card_table
 from deepalign.report.compared import comparison_tables
 from deepalign.report.reading import (
@@ -64,6 +64,7 @@ _SPARED = {
     "forward non-finite", "reverse n", "reverse non-finite", "settings",
     "broken by some setting", "95 % interval of it", "mean steps back", "candidates tried", "candidates that drift",
     "median rank of a refusal", "95 % interval of mass", "95 % interval of base",
+    "examples shown", "version", "right", "by guessing",
     "allowed, nats by position", "loss at position 0", "gradient norm at position 0", "KL at position 0",
 }  # fmt: skip
 """Columns that a narrower console leaves out."""
@@ -93,6 +94,7 @@ def _tables(metrics: Metrics, tuning: Sequence[Table]) -> list[Table]:
         kl_table(metrics),
         refusal_prefix_table(metrics),
         over_refusal_table(metrics),
+        utility_tables.utility_table(metrics),
         category_table(metrics),
         *tuning,
         *left_out_tables(metrics),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
+from deepalign.report import utility_tables
 from deepalign.report.finetuning_verdict import ends, finding
 from deepalign.report.reading import (
     Metrics,
@@ -19,6 +20,7 @@ from deepalign.report.reading import (
     labels,
     not_run,
     number,
+    only_used,
     rows,
     success_rate,
     whole,
@@ -74,21 +76,25 @@ class VerdictParts(NamedTuple):
     depth: str
     worst: WorstCase | None
     tuned: str
+    utility: str = ""
 
     @property
     def joined(self) -> str:
         """All of it as one text."""
-        return " ".join(part for part in (self.depth, self.worst.sentence if self.worst else "", self.tuned) if part)
+        return " ".join(
+            part for part in (self.depth, self.worst.sentence if self.worst else "", self.tuned, self.utility) if part
+        )
 
 
 def verdict_parts(metrics: Metrics) -> VerdictParts:
     """What the run found: about its depth, about the worst case, and about fine-tuning, where each was tried."""
-    reading, tuned = _read(metrics), finding(metrics)
-    if reading.kind == "not_run" and tuned:
+    reading, tuned, use = _read(metrics), finding(metrics), utility_tables.finding(metrics)
+    if reading.kind == "not_run" and (tuned or only_used(metrics)):
         depth = _predicted(metrics, reading.name) or ""
     else:
         depth = _depth_sentence(metrics, reading)
-    return VerdictParts(depth, worst_case(metrics, "it" if depth else reading.name), tuned.sentence if tuned else "")
+    worst = worst_case(metrics, "it" if depth else reading.name)
+    return VerdictParts(depth, worst, tuned.sentence if tuned else "", use.sentence if use else "")
 
 
 def verdict_sentence(metrics: Metrics) -> str:
@@ -123,6 +129,9 @@ def headline(metrics: Metrics) -> Headline:
     reading, tuned = _read(metrics), finding(metrics)
     if reading.kind == "not_run" and tuned:
         return Headline(number=tuned.number, unit="", meaning=tuned.meaning, measure=tuned.measure)
+    use = utility_tables.finding(metrics) if only_used(metrics) else None
+    if use:
+        return Headline(number=use.number, unit="", meaning=use.meaning, measure=use.measure)
     stays = f"The attack success rate stays at or under {reading.threshold}"
     if reading.kind == "holds":
         meaning = (
