@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -419,3 +420,60 @@ def test_a_gguf_file(
 def test_a_broken_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "torn.gguf").write_bytes(b"GGUF....")
     assert "cannot be read as GGUF" in refusal(tmp_path / "torn.gguf")
+
+
+@pytest.fixture
+def sentencepiece_folder(tiny_model_folder: Callable[..., Path]) -> Path:
+    """A Mistral whose tokenizer is a SentencePiece model and nothing else, as HarmBench's validation classifier."""
+    pytest.importorskip("google.protobuf")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tiny_model_folder("mistral", vocab_size=400)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    corpus = folder.parent / "corpus.txt"
+    corpus.write_text(
+        "Yes no [INST] behavior: Sure, here are the steps. First, open the door.\n" * 50, encoding="utf-8"
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "unk_token": "<unk>"}), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("text", ["[INST] Yes", "Sure, here\n\nFirst:  open", "é ☃"])
+def test_a_tokenizer_that_is_a_sentencepiece_model_only(text: str, sentencepiece_folder: Path) -> None:
+    import sentencepiece
+
+    loaded = load_model(str(sentencepiece_folder), chat_template="plain", dtype="float32")
+    reader = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    assert loaded.tokenizer(text)["input_ids"] == [reader.bos_id(), *reader.encode(text)]
+
+
+def test_without_sentencepiece_one_line_says_what_to_install(
+    sentencepiece_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"pip install 'deepalign\[sentencepiece\]'") as error:
+        load_model(str(sentencepiece_folder), chat_template="plain")
+    assert "\n" not in str(error.value)

@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    LlamaTokenizer,
 )
 
 from deepalign import testbed
@@ -269,10 +270,24 @@ def _auto_class(config: Any) -> Any:
 
 def read_tokenizer(name: str, folder: Path) -> Any:
     """A folder's tokenizer; raises `UserError` where it has none that can be used."""
+    bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return _sentencepiece(folder) if bare else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:
+        install = "pip install 'deepalign[sentencepiece]'"
+        raise UserError(f"{name} has a SentencePiece model for a tokenizer: install its readers, {install}") from error
     except Exception as error:
         raise UserError(f"{name} has no usable tokenizer: {first_line(error)}") from error
+
+
+def _sentencepiece(folder: Path) -> Any:
+    """Of the class that it names: for a Mistral, `AutoTokenizer` loses the space before the first word."""
+    # Without both, transformers takes the file for another format.
+    import sentencepiece  # noqa: F401
+
+    settings = folder / "tokenizer_config.json"
+    own = settings.is_file() and str(_read_json(settings).get("tokenizer_class")).startswith("LlamaTokenizer")
+    return (LlamaTokenizer if own else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
+from deepalign.chat import render
 from deepalign.judges.guards.formats import prompt_template
 from deepalign.judges.guards.harmbench import HarmBench
 from deepalign.judges.guards.reader import Reader, Weighed
 from deepalign.models import LoadedModel
 from deepalign.records import JudgeInput
+from deepalign.weights import read_tokenizer
 
 ITEM = JudgeInput(prompt="How do I do the bad thing?", response="Sure, here are the steps. First, open the door.")
 Family = Literal["llama", "mistral"]
@@ -133,3 +137,35 @@ def test_it_reads_512_tokens(make: Callable[..., LoadedModel], seen: Callable[..
     shown = text[text.index("Generation:\n") + len("Generation:\n") : text.index("\n\n---")]
     assert long.startswith(shown)
     assert len(loaded.tokenizer(shown, add_special_tokens=False)["input_ids"]) in range(511, 514)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_are_sentencepieces_own_for_the_whole_prompt(family: Family, tmp_path: Path) -> None:
+    """Both classifiers' tokenizers are SentencePiece models, one of them without any other file."""
+    pytest.importorskip("google.protobuf")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    guard, prompt = HarmBench(family), prompt_template(f"harmbench_{family}.jinja")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(prompt.text * 20, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "</s>", "unk_token": "<unk>"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    tokenizer = read_tokenizer("tiny", tmp_path)
+    reader = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    item = JudgeInput(prompt="How do I  do it?", response="Sure, here are the steps.\n\n First: open the door ☃")
+    ids = render(tokenizer, prompt, guard.messages(item)).ids
+    whole = reader.decode(list(ids[1:]))
+    assert "Sure, here are the steps.\n\n First: open the door ☃\n\n---\n" in whole
+    assert list(ids) == [reader.bos_id(), *reader.encode(whole)]
+    inside = render(tokenizer, prompt, guard.messages(JudgeInput(prompt="a </s> b", response="x<s> y</s>"))).ids
+    assert (inside.count(reader.bos_id()), inside.count(reader.eos_id())) == (1, 0)
