@@ -66,6 +66,20 @@ def test_shares_do_not_depend_on_the_batch(max_batch: int, loaded: LoadedModel) 
     ]
 
 
+def test_batches_leave_room_for_logits(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = prompts(loaded.tokenizer)
+    wanted = Reader(loaded).weigh(rows, ANSWERS)
+    row_bytes = max(map(len, rows)) * loaded.vocab_size * 4
+    for budget, most in ((1, 1), (2 * row_bytes, 3), (100 * row_bytes, 4)):
+        monkeypatch.setattr("deepalign.judges.guards.reader._LOGIT_BYTES", budget)
+        reader = Reader(loaded)
+        sizes = [len(part) for part in reader._parts(sorted(range(4), key=lambda i: len(rows[i])), rows)]
+        assert sum(sizes) == 4
+        assert max(sizes) == most
+        for one, other in zip(wanted, reader.weigh(rows, ANSWERS), strict=True):
+            assert one.shares == pytest.approx(other.shares, rel=1e-4)
+
+
 def test_too_long_and_out_of_memory_have_a_problem(loaded: LoadedModel) -> None:
     long = (5,) * (loaded.model.config.max_position_embeddings + 1)
     run_out_of_memory(loaded.model, lambda ids: ids.shape[0] > 1 or ids.shape[1] > 40)

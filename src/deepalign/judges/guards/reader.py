@@ -6,7 +6,7 @@ back with a problem instead. Knows no format and no verdict.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from deepalign.records import Message, Sampling
 
 Ids = tuple[int, ...]
 _PROBE_IDS = 16
+_LOGIT_BYTES = 4 * 2**30
 _SPACES = ("", "\u2581", "\u0120")
 """How vocabularies mark a space before a word."""
 
@@ -119,8 +120,7 @@ class Reader:
         results = [Weighed(problem=self._too_long(ids)) for ids in prompts]
         fitting = [index for index, result in enumerate(results) if not result.problem]
         fitting.sort(key=lambda index: len(prompts[index]))
-        for start in range(0, len(fitting), self._max_batch):
-            part = fitting[start : start + self._max_batch]
+        for part in self._parts(fitting, prompts):
             done = in_halves(
                 lambda few: self._weighed([prompts[index] for index in few], entries),
                 part,
@@ -129,6 +129,19 @@ class Reader:
             for index, result in zip(part, done, strict=True):
                 results[index] = result
         return results
+
+    def _parts(self, order: Sequence[int], prompts: Sequence[Ids]) -> Iterator[list[int]]:
+        """Batches of prompts by length, small enough for logits at every position: not all heads can be sliced."""
+        bytes_each = vocabulary_size(self.model) * int(self.model.dtype.itemsize)
+        part: list[int] = []
+        for index in order:
+            full = len(part) >= self._max_batch
+            if part and (full or (len(part) + 1) * len(prompts[index]) * bytes_each > _LOGIT_BYTES):
+                yield part
+                part = []
+            part.append(index)
+        if part:
+            yield part
 
     def _weighed(self, prompts: Sequence[Ids], entries: Mapping[str, list[int]]) -> list[Weighed]:
         model = self._loaded.model
