@@ -32,6 +32,8 @@ DEPTHS = (0, 5, 10, 20, 40, 80, 160)
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
     "tiny": (64, 128, 2, 4, 4),
+    "small": (256, 768, 6, 8, 4),
+    "medium": (512, 1536, 12, 8, 4),
     "1b": (2048, 8192, 16, 32, 8),
     "7b": (4096, 11008, 32, 32, 32),
 }
@@ -49,15 +51,17 @@ def random_llama(shape: str, device: torch.device, vocab_size: int = 32000) -> A
     return model.eval()
 
 
-def attempts(num_prompts: int, prompt_tokens: int, new_tokens: int, vocab_size: int) -> list[Job]:
-    """Random prompts with every depth of a random answer."""
+def attempts(
+    num_prompts: int, prompt_tokens: int, new_tokens: int, vocab_size: int, num_depths: int = len(DEPTHS)
+) -> list[Job]:
+    """Random prompts with the first depths of a random answer, the deepest of each last."""
     draw = random.Random(0)
     jobs = []
     for number in range(num_prompts):
         ids = draw.choices(range(5, vocab_size), k=prompt_tokens + max(DEPTHS))
         jobs += [
             Job(ids=tuple(ids[: prompt_tokens + k]), sampling=Sampling(max_new_tokens=new_tokens), seed=number)
-            for k in DEPTHS
+            for k in DEPTHS[:num_depths]
         ]
     return jobs
 
