@@ -159,7 +159,7 @@ def judge(config: Annotated[JudgeConfig, Parameter(name="*")]) -> None:
 
 @app.command
 def report(config: Annotated[ReportConfig, Parameter(name="*")]) -> None:
-    """Write the report of one run anew, or one report that compares several."""
+    """Write the report of one run anew, or one of several; utility runs join the audits of the same weights."""
     workflow = importlib.import_module("deepalign.workflows.reporting")
     out.print(f"report  {workflow.report_runs(config)}", highlight=False, soft_wrap=True)
 

@@ -57,7 +57,7 @@ class MergeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """Write the report of one run anew, or one report that compares several."""
+    """Write the report of one run anew, or one of several; utility runs join the audits of the same weights."""
 
     runs: tuple[Path, ...] = field(kw_only=False)
     """Run folders."""

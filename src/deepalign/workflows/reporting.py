@@ -20,6 +20,7 @@ from deepalign.report.page import render_page
 from deepalign.runs import RunFolder, clear_disk_errors, write_atomically
 from deepalign.workflows.judge_accounts import accounted
 from deepalign.workflows.judge_files import Exported, check_whole, export_batch, import_batch
+from deepalign.workflows.side_by_side import joined
 from deepalign.workflows.steps import ATTEMPTS, COMPLETIONS, judge_completions
 from deepalign.workflows.summary import METRICS, read_metrics, summarise, unfinished
 
@@ -186,13 +187,13 @@ def report_runs(config: ReportConfig) -> Path:
     """
     if not config.runs:
         raise UserError("give at least one run folder")
-    data = [read_metrics(folder) for folder in config.runs]
-    first = config.runs[0]
-    output = config.output or first / ("report.html" if len(data) == 1 else "comparison.html")
-    shown = examples(RunFolder(first), data[0]["judge"]) if len(data) == 1 else []
+    found = joined([(folder, read_metrics(folder)) for folder in config.runs])
+    data, alone = [metrics for _, metrics in found], len(config.runs) == 1
+    output = config.output or config.runs[0] / ("report.html" if alone else "comparison.html")
+    shown = examples(RunFolder(found[0][0]), data[0]["judge"]) if len(data) == 1 else []
     with clear_disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, render_page(data, shown, redact=not config.show_completions))
         if config.figures:
-            figures(output.parent / ("figures" if len(data) == 1 else "comparison-figures"), data)
+            figures(output.parent / ("figures" if alone else "comparison-figures"), data)
     return output
