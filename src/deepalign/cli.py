@@ -65,7 +65,7 @@ def audit(config: Annotated[AuditConfig, Parameter(name="*")]) -> None:
     else:
         out.print(f"shard {result.shard} is finished\nrun     {result.run}", highlight=False, soft_wrap=True)
         if config.shard != AUTO:
-            others = f"{str(result.run).rpartition('-shard-')[0]}-shard-*"
+            others = f"{str(result.run).rpartition('-shard-')[0]}-shard-*-of-{result.shard.rpartition('/')[2]}"
             out.print(f"next    deepalign merge {others}, once all are there", highlight=False, soft_wrap=True)
 
 

@@ -137,8 +137,8 @@ def test_greedy_and_another_split(settings: dict[str, Any], tmp_path: Path) -> N
     settings = {**settings, "temperature": 0.0, "probes": ("prefill", "decoding", "over-refusal")}
     alone = deepalign.audit(AuditConfig(**settings, output=tmp_path / "alone"))
     folders = []
-    for number in range(1, 7):
-        part = deepalign.audit(AuditConfig(**settings, output=tmp_path / "whole", shard=f"{number}/6"))
+    for number in (1, 2):
+        part = deepalign.audit(AuditConfig(**settings, output=tmp_path / "whole", shard=f"{number}/2"))
         folders.append(part.run)
     merged = deepalign.merge_shards(MergeConfig(shards=tuple(folders)))
     assert merged.run == tmp_path / "whole"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks_script
 from test_merging import timeless
 
 import deepalign
@@ -51,7 +52,7 @@ def asked(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 def launched(asked: dict[str, Any], output: Path, tmp_path: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(free_port()), "-m", "deepalign", "audit"]
+    command += ["--master_port", str(free_port()), ranks_script.__file__, "audit"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
     return subprocess.Popen(
         [*command, *options_of(asked), "--output", str(output), "--shard", "auto"],
@@ -84,7 +85,9 @@ def lines_of(folder: Path) -> list[bytes]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds a process by its open files")
-def test_a_rank_dies_and_the_job_goes_on_when_started_again(asked: dict[str, Any], tmp_path: Path) -> None:
+def test_a_rank_dies_and_the_job_goes_on_when_started_again(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "by-ranks"
     folders = [shard.folder(output) for shard in Shard(index=1, count=2).all()]
     with launched(asked, output, tmp_path) as job:
@@ -107,6 +110,7 @@ def test_a_rank_dies_and_the_job_goes_on_when_started_again(asked: dict[str, Any
     for folder, before in zip(folders, kept, strict=True):
         assert lines_of(folder)[: len(before)] == before
         assert len(lines_of(folder)) == MANY
+    monkeypatch.setattr(reporting, "render_page", lambda *_, **__: "<html></html>")
     alone = deepalign.audit(AuditConfig(**asked, output=tmp_path / "alone"))
     mine, theirs = (timeless(json.loads((run / "metrics.json").read_bytes())) for run in (output, alone.run))
     for name in mine:
