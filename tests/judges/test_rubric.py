@@ -29,7 +29,7 @@ def make(server: FakeEndpoint, **settings: Any) -> RubricJudge:
     client = Client(
         Server(url=server.url, model="fake"),
         first_pause_seconds=0.01,
-        timeout_seconds=1.0,
+        timeout_seconds=10.0,
         retries=settings.pop("retries", 8),
         concurrency=settings.pop("concurrency", 16),
     )

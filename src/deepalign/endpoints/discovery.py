@@ -43,8 +43,7 @@ def discover(server: Server, *, timeout_seconds: float = 15.0) -> Server:
         if status == 200 and names is not None:
             return dataclasses.replace(candidate, model=server.model or _only(candidate, names))
         if status == 401:
-            held = f"the key in {server.key_env}" if server.headers() else f"no key: {server.key_env} is not set"
-            raise UserError(f"{server.url} answers 401; it does not take {held}")
+            raise UserError(candidate.why_refused())
         told = f"answers {status}" if status != 200 else "gives no list of models"
     if server.model:
         # Some servers list nothing; whether the address is right shows with the first request.

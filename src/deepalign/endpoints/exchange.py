@@ -93,9 +93,7 @@ def _has_choices(body: Mapping[str, Any]) -> bool:
 def _fault(server: Server, status: int, headers: Mapping[str, str], content: bytes) -> Fault:
     said, code = _message(server, content)
     if status == 401:
-        # What the server says is left out: some repeat the key, whole or in part.
-        held = f"the key in {server.key_env}" if server.headers() else f"no key, since {server.key_env} is not set"
-        return Fault(reason=f"HTTP 401: {server.url} does not take {held}; set that variable", kind="server")
+        return Fault(reason=server.why_refused(), kind="server")
     if status == 403:
         return Fault(reason=f"HTTP 403: {server.url} does not allow this request", kind="request")
     if status == 404:

@@ -69,6 +69,12 @@ class Server:
             raise UserError(f"the key in {self.key_env} holds characters that no header can; set it again")
         return {"Authorization": key if key.startswith(("Basic ", "Bearer ")) else f"Bearer {key}"}
 
+    def why_refused(self) -> str:
+        """What to tell of an answer 401; what the server says is left out, for some repeat the key."""
+        if self._key():
+            return f"HTTP 401: {self.url} does not take the key in {self.key_env}; set that variable anew"
+        return f"HTTP 401: {self.url} wants a key, and {self.key_env or 'no variable'} is not set"
+
     def hide(self, text: str, *, answer: bool = False) -> str:
         """The text without the key.
 
