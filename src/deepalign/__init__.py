@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deepalign.config_reports import JudgeConfig, MergeConfig, ReportConfig
     from deepalign.config_suffix import SuffixConfig
     from deepalign.config_tuning import DeepenConfig, FinetuneConfig
-    from deepalign.config_utility import UtilityConfig
+    from deepalign.config_utility import UtilityConfig, WinrateConfig
     from deepalign.errors import UserError
     from deepalign.losses import TokenStrength, constrained_token_loss
     from deepalign.models import LoadedModel, load_model
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from deepalign.workflows.reporting import judge_run, report_runs
     from deepalign.workflows.suffix import SuffixResult, suffix_search
     from deepalign.workflows.utility import measure_utility
+    from deepalign.workflows.winrate import measure_winrate
 
 _HOMES = {
     "Attempt": "records",
@@ -69,6 +70,7 @@ _HOMES = {
     "TuningResult": "workflows.before_after",
     "UserError": "errors",
     "UtilityConfig": "config_utility",
+    "WinrateConfig": "config_utility",
     "Verdict": "records",
     "audit": "workflows.audit",
     "constrained_token_loss": "losses",
@@ -80,6 +82,7 @@ _HOMES = {
     "judge_run": "workflows.reporting",
     "load_model": "models",
     "measure_utility": "workflows.utility",
+    "measure_winrate": "workflows.winrate",
     "merge_shards": "workflows.merging",
     "report_runs": "workflows.reporting",
     "suffix_search": "workflows.suffix",
@@ -114,6 +117,7 @@ __all__ = [
     "UserError",
     "UtilityConfig",
     "Verdict",
+    "WinrateConfig",
     "audit",
     "constrained_token_loss",
     "deepen",
@@ -124,6 +128,7 @@ __all__ = [
     "judge_run",
     "load_model",
     "measure_utility",
+    "measure_winrate",
     "merge_shards",
     "report_runs",
     "suffix_search",

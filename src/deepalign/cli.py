@@ -20,7 +20,7 @@ from deepalign.config_diagnosis import DiagnoseConfig, DynamicsConfig
 from deepalign.config_reports import JudgeConfig, MergeConfig, ReportConfig
 from deepalign.config_suffix import SuffixConfig
 from deepalign.config_tuning import DeepenConfig, FinetuneConfig
-from deepalign.config_utility import UtilityConfig
+from deepalign.config_utility import UtilityConfig, WinrateConfig
 from deepalign.errors import UserError
 from deepalign.judges import ENDPOINT_JUDGES, JUDGES
 from deepalign.judges.guards import GUARDS
@@ -123,6 +123,14 @@ def utility(config: Annotated[UtilityConfig, Parameter(name="*")]) -> None:
     """Measure what a model is good for: tasks of lm-evaluation-harness; `report` sets them beside an audit."""
     with working(err) as progress:
         result = importlib.import_module("deepalign.workflows.utility").measure_utility(config, progress)
+    _show_run(result)
+
+
+@app.command
+def winrate(config: Annotated[WinrateConfig, Parameter(name="*")]) -> None:
+    """Let a judge behind an endpoint choose between a model's answers and a reference's, in both orders."""
+    with working(err) as progress:
+        result = importlib.import_module("deepalign.workflows.winrate").measure_winrate(config, progress)
     _show_run(result)
 
 

@@ -101,3 +101,67 @@ class UtilityConfig:
                 raise UserError(f"--task-data names {name} twice; give each task one file or folder")
             found[name] = Path(path).expanduser()
         return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WinrateConfig:
+    """Let a judge choose between a model's answers and a reference's, in both orders (in place of AlpacaEval)."""
+
+    model: str = field(kw_only=False)
+    """Model: hub id, local folder, PEFT adapter folder, GGUF file, or a testbed name."""
+
+    against: str = ""
+    """The reference: another model, or a JSON file of its answers (prompt or instruction, and answer or output)."""
+
+    judge_url: str = ""
+    """Address of an OpenAI-compatible server, such as http://127.0.0.1:8080/v1; default OPENAI_BASE_URL."""
+
+    judge_model: str = ""
+    """Name of the judging model there; default the one that the server lists."""
+
+    judge_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key."""
+
+    prompts: str = "benign"
+    """Harmless prompts: a built-in set, or a CSV, JSONL or text file."""
+
+    limit: Whole | None = None
+    """Use only this many prompts, spread evenly over the categories."""
+
+    max_new_tokens: Whole = 256
+    """Most tokens of an answer."""
+
+    output: Path | None = None
+    """Run folder; default one under runs/, which is printed. The same command resumes it."""
+
+    system_prompt: str | None = None
+    """System prompt of both models; default none."""
+
+    chat_template: str | None = None
+    """Jinja file with a chat template, or `plain`; default each model's own."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights; auto is bfloat16 where the hardware is fast at it."""
+
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, cuda:1, mps; sharded spreads a large model over all GPUs, then the CPU."""
+
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Bits to which weights are rounded while loading; needs bitsandbytes."""
+
+    max_batch: Whole = 160
+    """Most sequences at a time; less is taken where memory asks for it."""
+
+    concurrency: Whole = 16
+    """Calls of the judge at a time."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be meant."""
+        if not self.against:
+            raise UserError("--against is missing; give a reference model, or a JSON file of its answers")
+        if self.against == self.model:
+            raise UserError(f"--against {self.against} is the model itself; give another")
+        for option in ("max-new-tokens", "max-batch", "concurrency"):
+            at_least(option, getattr(self, option.replace("-", "_")), 1)
+        if self.limit is not None:
+            at_least("limit", self.limit, 1)

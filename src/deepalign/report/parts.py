@@ -90,7 +90,8 @@ PARTS: Final = (
      "its mean score over tasks; the lines are the 95 % intervals. Filled points are beaten by no other model on both. "
      "A defence that costs utility moves a model to the left, one that costs nothing moves it straight down.",
      "no model has both rates"),
-    Part("utility_bars", ("utility",), "Utility", (utility_tables.utility_table,),
+    Part("utility_bars", ("utility", "win_rate"), "Utility",
+     (utility_tables.utility_table, utility_tables.win_rate_table),
      "What the model is good for: the score of each task as lm-evaluation-harness has it, with its 95 % interval. A "
      "model that refuses everything is safe at every depth and scores nothing here."),
     Part("category_heat", ("by_category",), "By category", (sections.category_table,),

@@ -45,6 +45,7 @@ TUNING_PROBES = {
 """What fine-tuning does."""
 USE_PROBES = {
     "utility": "Utility",
+    "win_rate": "Pairwise win rate",
     "trade_off": "Safety, over-refusal and utility",
 }
 """What a model is still good for, and what safety costs it."""
@@ -136,7 +137,7 @@ def only_tuned(metrics: Metrics) -> bool:
 def only_used(metrics: Metrics) -> bool:
     """Whether a run is about utility alone: nothing of an audit or of fine-tuning was run, or refused."""
     others = (*PROBES, *ATTACK_PROBES, *TUNING_PROBES)
-    return bool(block(metrics, "utility")) and not any(
+    return bool(block(metrics, "utility") or block(metrics, "win_rate")) and not any(
         not_run(metrics, name) is None or _reason(metrics, name) for name in others
     )
 

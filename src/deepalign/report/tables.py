@@ -95,6 +95,7 @@ def _tables(metrics: Metrics, tuning: Sequence[Table]) -> list[Table]:
         refusal_prefix_table(metrics),
         over_refusal_table(metrics),
         utility_tables.utility_table(metrics),
+        utility_tables.win_rate_table(metrics),
         category_table(metrics),
         *tuning,
         *left_out_tables(metrics),

@@ -27,6 +27,7 @@ from deepalign.report.sections import Table, table_of, without_empty
 
 UTILITY = "Utility by task"
 TRADE_OFF = "Safety, over-refusal and utility"
+WIN_RATE = "Pairwise win rate"
 FAILED = "Tasks without a score"
 OVERALL = "mean over tasks"
 
@@ -43,9 +44,9 @@ class Finding(NamedTuple):
 def finding(metrics: Metrics) -> Finding | None:
     """The mean score over tasks in words; None where no utility was measured."""
     section = block(metrics, "utility")
-    if not section:
-        return None
     name = labels([metrics])[0]
+    if not section:
+        return _preferred(block(metrics, "win_rate"), name)
     found, tasks = rate(section.get("overall")), rows(section, "tasks")
     asked = f"asked {visible(section.get('asked') or 'in a way that was not recorded')}"
     failed = [visible(row.get("task", "")) for row in tasks if whole(row.get("num_failed"))]
@@ -61,6 +62,22 @@ def finding(metrics: Metrics) -> Finding | None:
         measure="utility",
         meaning=f"Mean score over {what} ({told}), {asked}.",
         sentence=f"{name} scores {whole_percent(found.value)}{ends} on average over {what} ({told}){without}.",
+    )
+
+
+def _preferred(section: Mapping[str, Any], name: str) -> Finding | None:
+    """What a run with nothing but a win rate says; None where there is none."""
+    if not section:
+        return None
+    found, other = rate(section), visible(section.get("against", "the reference"))
+    if found.value is None:
+        return Finding("unknown", "win rate", "No pair was scored.", f"Nothing is known of {name} against {other}.")
+    ends = "" if found.low is None or found.high is None else f" [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+    return Finding(
+        number=whole_percent(found.value),
+        measure="win rate",
+        meaning=f"Share of {found.denominator} requests on which a judge preferred it to {other}; a tie counts half.",
+        sentence=f"A judge prefers {name} to {other} on {whole_percent(found.value)}{ends} of requests.",
     )
 
 
@@ -88,6 +105,28 @@ def utility_table(metrics: Metrics) -> Table | None:
         "cut to fit", "version", "data",
     )  # fmt: skip
     return without_empty(table_of(UTILITY, columns, found, _note(section)), "cut to fit", "by guessing")
+
+
+def win_rate_table(metrics: Metrics) -> Table | None:
+    """How often a judge preferred the model's answers, and how far the order of the answers swayed it."""
+    section = block(metrics, "win_rate")
+    if not section:
+        return None
+    won, same, first = rate(section), rate(section.get("same_in_both_orders")), rate(section.get("first_chosen"))
+    row = (
+        visible(section.get("against", "")), share(won), interval(won), whole(section.get("num_wins")),
+        whole(section.get("num_ties")), whole(section.get("num_losses")), won.num_unscored, share(same),
+        share(first), interval(first), visible(section.get("judge", "")),
+    )  # fmt: skip
+    columns = (
+        "against", "win rate", "95 % interval", "won", "tied", "lost", "unscored", "same choice in both orders",
+        "first answer chosen", "95 % interval of that", "judge",
+    )  # fmt: skip
+    note = (
+        "Each pair of answers is judged in both orders; a request counts as their mean, a tie as half. A judge without "
+        "position bias takes the first answer half of the time."
+    )
+    return Table(WIN_RATE, columns, (row,), note)
 
 
 def failed_table(metrics: Metrics) -> Table | None:

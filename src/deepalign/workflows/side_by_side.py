@@ -28,13 +28,16 @@ def joined(runs: Sequence[Found]) -> list[Found]:
         if not same:
             hosts.append((path, dict(data)))
         for host in same:
-            host["utility"] = _both(host.get("utility"), data["utility"])
+            if data.get("utility"):
+                host["utility"] = _both(host.get("utility"), data["utility"])
+            if data.get("win_rate"):
+                host.setdefault("win_rate", data["win_rate"])
     _place(hosts)
     return hosts
 
 
 def _only_utility(data: Mapping[str, Any]) -> bool:
-    return bool(data.get("utility")) and "prefill" not in data
+    return bool(data.get("utility") or data.get("win_rate")) and "prefill" not in data
 
 
 def _fingerprint(data: Mapping[str, Any]) -> str | None:
