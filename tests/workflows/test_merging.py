@@ -205,6 +205,18 @@ def test_nothing_to_merge(mistake: Any) -> None:
     assert "--shards requires an argument" in mistake("merge")
 
 
+def test_what_judging_cost_is_summed_once(copies: list[Path], tmp_path: Path) -> None:
+    for folder, calls in zip(copies, (3, 4, None), strict=True):
+        if calls is not None:
+            spent = {"model": "m", "calls": calls, "prompt_tokens": 10 * calls, "cost": 0.5}
+            changed(folder, judge_spending={"graded": spent})
+    config = MergeConfig(shards=tuple(copies), output=tmp_path / "merged")
+    for _ in range(2):
+        run = deepalign.merge_shards(config).run
+        noted = json.loads((run / "manifest.json").read_bytes())["judge_spending"]
+        assert noted == {"graded": {"model": "m", "calls": 7, "prompt_tokens": 70, "cost": 1.0}}
+
+
 def changed(folder: Path, **fields: Any) -> None:
     """Change a manifest; "config.seed" means the field inside."""
     manifest = json.loads((folder / "manifest.json").read_bytes())

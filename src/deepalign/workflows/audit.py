@@ -10,6 +10,7 @@ from typing import Any
 from deepalign.config import AuditConfig
 from deepalign.depth import check_vocabularies
 from deepalign.errors import UserError
+from deepalign.hardware import own_device
 from deepalign.judges import get_judge, make_ready
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
@@ -44,16 +45,17 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
         UserError: A setting, file, model or folder cannot be used; one line with the remedy.
     """
     judge = get_judge(config.judge)
-    make_ready(judge, device=config.device, dtype=config.dtype)
-    make_ready(get_judge(config.decoding_scorer), device=config.device, dtype=config.dtype)
     shard = chosen_shard(config.shard, os.environ)
+    local = None if shard is None else shard.local
+    for one in (judge, get_judge(config.decoding_scorer)):
+        make_ready(one, device=own_device(config.device, local), dtype=config.dtype)
     inputs = read_inputs(config, shard)
     run = RunFolder(output_folder(config) if shard is None else shard.folder(output_folder(config)))
     # Copies are tuned and asked as a whole, by the first shard.
     tunes = "finetuning" in inputs.probes and (shard is None or shard.index == 1)
     if tunes:
         check_attacks(run, config, inputs.prompt_set)
-    models = AuditModels(config, inputs.probes, local=None if shard is None else shard.local)
+    models = AuditModels(config, inputs.probes, local=local)
     progress("loading models", 0, 1)
     _check_models(config, inputs, models)
     progress("loading models", 1, 1)

@@ -6,6 +6,7 @@ are copied line by line; only their keys are held.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,19 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from deepalign.config_reports import MergeConfig
+from deepalign.endpoints.spending import Spending
 from deepalign.errors import UserError
-from deepalign.judges import get_judge
+from deepalign.judges import Judge, get_judge, make_ready
 from deepalign.progress import Progress, silent
 from deepalign.runs import MANIFEST, RunFolder
 from deepalign.shards import Shard, whole_folder
 from deepalign.workflows.answers import tell_answers
 from deepalign.workflows.audit_result import AuditResult
 from deepalign.workflows.joining import Part, join_records
+from deepalign.workflows.judge_accounts import NOTED
 from deepalign.workflows.reporting import judge_and_report
 from deepalign.workflows.sharding import ORDER, Order, count_lines
+from deepalign.workflows.steps import COMPLETIONS
 from deepalign.workflows.summary import FINETUNING
 
-_OF_A_SHARD = ("schema_version", "config", "environment", "shard", "seconds", "judges", "answers", "answer_counts")
+_OF_A_SHARD = (
+    "schema_version",
+    "config",
+    "environment",
+    "shard",
+    "seconds",
+    "judges",
+    NOTED,
+    "answers",
+    "answer_counts",
+)
 _MEASURED_ALIKE = ("onset_openings", "kl_dtype", "num_prompts", "not_run", "first_ids")
 _SHOWN_CHARS = 60
 
@@ -55,6 +69,8 @@ def merge_shards(config: MergeConfig, progress: Progress = silent) -> AuditResul
         if (parts[0].run / FINETUNING).exists():
             shutil.copytree(parts[0].run / FINETUNING, run / FINETUNING, dirs_exist_ok=True)
         run.note(environment=_environment(parts), **_facts(parts))
+        _note_spending(run, parts)
+        _make_ready(run, (judge, scorer), settings)
         data = judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
     return AuditResult(run=run.path, metrics=data)
 
@@ -196,6 +212,31 @@ def _facts(parts: Sequence[Part]) -> dict[str, Any]:
             for part in parts
         ],
     }
+
+
+def _note_spending(run: RunFolder, parts: Sequence[Part]) -> None:
+    """What judging cost in the shards; a merge that judges the rest adds its own, and one that is repeated does not."""
+    if NOTED in run.manifest:
+        return
+    noted = [part.manifest.get(NOTED, {}) for part in parts]
+    totals = {}
+    for judge in dict.fromkeys(name for one in noted for name in one):
+        spent = [one[judge] for one in noted if judge in one]
+        counted = [
+            name for name in (*(field.name for field in dataclasses.fields(Spending)), "cost") if name in spent[0]
+        ]
+        known = {name: [one[name] for one in spent if one.get(name) is not None] for name in counted}
+        totals[judge] = {**spent[0], **{name: sum(values) if values else None for name, values in known.items()}}
+    if totals:
+        run.note(**{NOTED: totals})
+
+
+def _make_ready(run: RunFolder, judges: Sequence[Judge], settings: dict[str, Any]) -> None:
+    """Let judges with models of their own fetch them, where something is left to be judged."""
+    for judge in judges:
+        path = run / f"verdicts.{judge.name}.jsonl"
+        if count_lines(path) < count_lines(run / COMPLETIONS):
+            make_ready(judge, device=settings["device"], dtype=settings["dtype"])
 
 
 def _environment(parts: Sequence[Part]) -> dict[str, Any]:
