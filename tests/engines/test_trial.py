@@ -14,9 +14,10 @@ from deepalign.batching import Job
 from deepalign.chat import answer_ids, conversation, render
 from deepalign.endpoints.client import Client
 from deepalign.endpoints.servers import Server
+from deepalign.engines.found import Found
 from deepalign.engines.in_process import HfEngine
 from deepalign.engines.served import ServedEngine
-from deepalign.engines.trial import Found, open_engine
+from deepalign.engines.trial import open_engine
 from deepalign.models import LoadedModel, from_objects
 from deepalign.records import Sampling
 from fake_endpoint import FakeEndpoint

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from deepalign.batching import Job
 from deepalign.chat import answer_ids, conversation, render, stop_ids
@@ -18,6 +17,7 @@ from deepalign.endpoints.client import Client, ServersGoneError
 from deepalign.endpoints.exchange import Reply, Request
 from deepalign.endpoints.servers import Server
 from deepalign.engines.dialects import Chat, Completion, Completions, Dialect, Told
+from deepalign.engines.found import Found, check_alike
 from deepalign.engines.served import ServedEngine, misread, own_text, written
 from deepalign.errors import UserError
 from deepalign.readers import Reads
@@ -36,51 +36,6 @@ _REMEDY = "use a server that takes token ids (vLLM, SGLang, llama.cpp), or leave
 _TEMPLATE = "start it with this one, or give its with --chat-template"
 
 logger = logging.getLogger("deepalign")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """What one server does; all of it goes into the manifest."""
-
-    url: str
-    model: str
-    way: str
-    """Name of the dialect."""
-    written_ids: str
-    """"returned" by the server, or "from text"."""
-    read_ids: str
-    """What it tells of the ids that it read: "echoed", "counted" or "untold"."""
-    prefill: str
-    """Forced beginnings after which it went on as it would have, of those tried; "" where none was needed."""
-    tokenizer: str
-    """Whether it cuts a text as the tokenizer here does: "agrees", "differs" or "untold"."""
-    seeds: bool
-    """Whether a seed brings the same draws back."""
-    greedy_repeats: bool
-    """Whether it writes the same greedily, asked twice."""
-    left_out: str
-    """Settings of the sampler that it does not take."""
-    greedy: tuple[tuple[int, ...], ...]
-    """What it writes greedily to the texts of the trial."""
-
-    @property
-    def told(self) -> str:
-        """One line for the user."""
-        parts = [
-            f"{self.model} at {self.url} ({self.way}): "
-            + ("text in" if self.way == "chat" else f"token ids in ({self.read_ids})")
-            + f", ids out {self.written_ids}"
-        ]
-        if self.prefill:
-            parts.append(f"goes on after a prefill ({self.prefill})")
-        if self.tokenizer != "untold":
-            parts.append(f"its tokenizer {self.tokenizer}")
-        parts.append("seeds repeat draws" if self.seeds else "draws do not repeat, whatever the seed")
-        if not self.greedy_repeats:
-            parts.append("greedy answers vary")
-        if self.left_out:
-            parts.append(f"does not take {self.left_out}")
-        return "; ".join(parts)
 
 
 def open_engine(client: Client, reader: Reads, *, prefills: bool, logprobs: bool = False) -> ServedEngine:
@@ -104,25 +59,10 @@ def open_engine(client: Client, reader: Reads, *, prefills: bool, logprobs: bool
     for one in found:
         logger.info("%s", one.told)
     for one in found[1:]:
-        _check_alike(found[0], one)
+        check_alike(found[0], one)
     facts = {"servers": [dataclasses.asdict(one) for one in found]}
     model = found[0].model
     return ServedEngine(client, trials[0].dialect, reader.tokenizer, model=model, facts=facts, logprobs=logprobs)
-
-
-def _check_alike(first: Found, other: Found) -> None:
-    if (first.model, first.way, first.left_out) != (other.model, other.way, other.left_out):
-        raise UserError(
-            f"{first.url} serves {first.model} ({first.way}) and {other.url} {other.model} ({other.way}); "
-            "all servers of a run must be alike"
-        )
-    if same_greedy(first.greedy, other.greedy) == 0:
-        raise UserError(f"{first.url} and {other.url} answer differently; all servers must hold the same weights")
-
-
-def same_greedy(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> int:
-    """To how many texts of the trial two servers write the same; rounding may change one of them, other weights all."""
-    return sum(tuple(mine) == tuple(theirs) for mine, theirs in zip(one, other, strict=True))
 
 
 class Trial:
@@ -130,7 +70,7 @@ class Trial:
 
     def __init__(self, server: Server, reader: Reads, *, prefills: bool, logprobs: bool) -> None:
         self._server = server
-        self._client = Client(server, concurrency=4, retries=2)
+        self._client = Client(server, concurrency=8, retries=2)
         self._tokenizer = reader.tokenizer
         self._name = reader.name
         self._prefills = prefills
@@ -149,7 +89,7 @@ class Trial:
         greedy = tuple(self._ids(job, one) for job, one in zip(self._jobs, told, strict=True))
         prefill = self._prefill(greedy) if self._prefills else ""
         seeds = self._seeds()
-        again = tuple(self._ids(job, self._ask(job)) for job in self._jobs)
+        again = tuple(self._ids(job, one) for job, one in zip(self._jobs, self._ask(self._jobs), strict=True))
         read_ids = "echoed" if told[0].prompt_ids is not None else "untold" if told[0].num_prompt is None else "counted"
         return Found(
             url=self._server.url,
@@ -185,31 +125,36 @@ class Trial:
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 reasons[dialect.path] = f"its answer cannot be read ({error})"
                 continue
-            return [self._ask(job) for job in self._jobs]
+            return self._ask(self._jobs)
         whys = "; ".join(f"{path}: {why}" for path, why in reasons.items())
         raise UserError(f"{self._server.url} neither takes token ids nor chats ({whys})")
 
     def _reply(self, job: Job) -> Reply:
-        body = self.dialect.body(job, self._stops, logprobs=self._logprobs)
-        return self._send(Request(path=self.dialect.path, body=body))
-
-    def _send(self, request: Request) -> Reply:
-        try:
-            ((_, reply),) = self._client.send([request])
-        except ServersGoneError as error:
-            # A path that is not there; the next one may be.
-            return Reply(status="failed", reason=str(error))
+        (reply,) = self._send([self._request(job)])
         return reply
 
-    def _ask(self, job: Job) -> Told:
-        """A job's answer, checked as in a run; raises `UserError` where the server fails or reads something else."""
-        reply = self._reply(job)
-        if reply.status == "failed":
-            raise UserError(f"{self._server.url} fails: {reply.reason}")
-        told = self.dialect.read(reply.body)
-        self._check_read(job, told)
-        if told.token_ids is not None:
-            self._check_tokens(told)
+    def _request(self, job: Job) -> Request:
+        return Request(path=self.dialect.path, body=self.dialect.body(job, self._stops, logprobs=self._logprobs))
+
+    def _send(self, requests: Sequence[Request]) -> list[Reply]:
+        try:
+            replies = dict(self._client.send(requests))
+        except ServersGoneError as error:
+            # A path that is not there; the next one may be.
+            return [Reply(status="failed", reason=str(error))] * len(requests)
+        return [replies[place] for place in range(len(requests))]
+
+    def _ask(self, jobs: Sequence[Job]) -> list[Told]:
+        """Answers, checked as in a run; raises `UserError` where the server fails or reads something else."""
+        told = []
+        for job, reply in zip(jobs, self._send([self._request(job) for job in jobs]), strict=True):
+            if reply.status == "failed":
+                raise UserError(f"{self._server.url} fails: {reply.reason}")
+            one = self.dialect.read(reply.body)
+            self._check_read(job, one)
+            if one.token_ids is not None:
+                self._check_tokens(one)
+            told.append(one)
         return told
 
     def _check_read(self, job: Job, told: Told) -> None:
@@ -239,25 +184,29 @@ class Trial:
 
     def _prefill(self, greedy: Sequence[tuple[int, ...]]) -> str:
         """Whether the server goes on after a forced beginning of its own answer with what came next in it."""
-        kept = repeated = tried = 0
+        counted = False
         if not self.dialect.takes_ids:
             # Of the count alone: a message that is closed, or left out, is told by it.
-            counted = self._ask(self._forced(self._jobs[0], answer_ids(self._tokenizer, _LEAD))).num_prompt is not None
-        for job, ids in zip(self._jobs, greedy, strict=True):
-            for cut in (cut for cut in _CUTS if cut < len(ids) and self._can_force(ids[:cut])):
-                forced = self._forced(job, ids[:cut])
-                told = self._ask(forced)
-                if isinstance(self.dialect, Chat) and not self.dialect.repeats:
-                    lead = self.dialect.prefill(forced)
-                    if told.text.startswith(lead) and told.text.strip() != lead.strip():
-                        self.dialect = dataclasses.replace(self.dialect, repeats=True)
-                tried += 1
-                kept += self._goes_on(forced, ids, cut, told)
-                repeated += self._begins(forced, ids, told)
-        if not tried and (self.dialect.takes_ids or not counted):
+            (lead,) = self._ask([self._forced(self._jobs[0], answer_ids(self._tokenizer, _LEAD))])
+            counted = lead.num_prompt is not None
+        cuts = [
+            (self._forced(job, ids[:cut]), ids)
+            for job, ids in zip(self._jobs, greedy, strict=True)
+            for cut in _CUTS
+            if cut < len(ids) and self._can_force(ids[:cut])
+        ]
+        told = self._ask([forced for forced, _ in cuts])
+        if isinstance(self.dialect, Chat):
+            leads = [self.dialect.prefill(forced) for forced, _ in cuts]
+            repeats = sum(one.text.startswith(lead) for one, lead in zip(told, leads, strict=True)) * 2 > len(cuts)
+            self.dialect = dataclasses.replace(self.dialect, repeats=repeats)
+        tried = len(cuts)
+        kept = sum(self._goes_on(forced, ids, one) for (forced, ids), one in zip(cuts, told, strict=True))
+        if not tried and not counted:
             raise UserError(f"{self._server.url} writes too little to {TEXTS[0]!r} to try a prefill; {_REMEDY}")
         if kept * 2 < tried:
-            what = "begins its answer anew" if repeated * 2 > tried else "goes on otherwise"
+            anew = sum(self._begins(forced, ids, one) for (forced, ids), one in zip(cuts, told, strict=True))
+            what = "begins its answer anew" if anew * 2 > tried else "goes on otherwise"
             raise UserError(f"{self._server.url} {what} after {tried - kept} of {tried} prefills; {_REMEDY}")
         return f"{kept} of {tried}" if tried else "counted"
 
@@ -269,7 +218,8 @@ class Trial:
         text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
         return self.dialect.takes_ids or answer_ids(self._tokenizer, text) == ids
 
-    def _goes_on(self, job: Job, ids: tuple[int, ...], cut: int, told: Told) -> bool:
+    def _goes_on(self, job: Job, ids: tuple[int, ...], told: Told) -> bool:
+        cut = job.num_prefill
         if told.token_ids is not None:
             return told.token_ids[:1] == ids[cut : cut + 1]
         lead, whole = (str(self._tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:cut], ids))
@@ -282,14 +232,14 @@ class Trial:
 
     def _seeds(self) -> bool:
         job = dataclasses.replace(self._jobs[1], sampling=_DRAWN)
-        draws = [self._ask(dataclasses.replace(job, seed=seed)).text for seed in (1, 1, 2, 3)]
+        draws = [one.text for one in self._ask([dataclasses.replace(job, seed=seed) for seed in (1, 1, 2, 3)])]
         return draws[0] == draws[1] and len(set(draws)) > 1
 
     def _tokenize(self) -> str:
         """Compare how a text is cut, on the path that vLLM and llama.cpp have for it."""
         text = f"{self._tokenizer.decode(self._jobs[0].ids)} Bread — naïve 12345, ok?\n\n\tif x:"
         flags = {"add_special_tokens": False, "add_special": False, "parse_special": True}
-        reply = self._send(Request(path="/tokenize", body={"prompt": text, "content": text, **flags}))
+        (reply,) = self._send([Request(path="/tokenize", body={"prompt": text, "content": text, **flags})])
         tokens = reply.body.get("tokens")
         if reply.status == "failed" or not isinstance(tokens, list):
             return "untold"

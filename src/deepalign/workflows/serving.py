@@ -9,8 +9,9 @@ from deepalign.config import AuditConfig, settings_of
 from deepalign.config_engine import HF, NEED_WEIGHTS, engine_urls
 from deepalign.endpoints.client import Client
 from deepalign.endpoints.servers import Server
+from deepalign.engines.found import same_greedy
 from deepalign.engines.served import ServedEngine
-from deepalign.engines.trial import open_engine, same_greedy
+from deepalign.engines.trial import open_engine
 from deepalign.errors import UserError
 from deepalign.readers import Reads
 
