@@ -38,6 +38,9 @@ from deepalign.testbed.weights import gguf_file
 
 COLUMNS = Columns(text="text", answer="answer", category="category", prompt_id="prompt_id")
 
+_COLUMNS = ("first_differing_token", "logprob_distance_before", "logprob_distance_of_first_differing")
+_BEGIN, _END = "<!-- engines compared -->", "<!-- engines end -->"
+
 
 def write_gguf(loaded: LoadedModel, template: Path, out: Path) -> None:
     """A Llama's weights in float32 as a GGUF file, with the tokenizer and settings of another of its kind."""
@@ -154,6 +157,39 @@ def _spread(values: list[float]) -> dict[str, float] | None:
     return {"n": len(values), "median": round(statistics.median(values), 6), "max": round(max(values), 6)}
 
 
+def document(found: dict[str, Any], source: str, page: Path) -> None:
+    """Write the figures into a page, between its marks."""
+    columns = (
+        "against `hf` in float32",
+        "identical",
+        "first differing token",
+        "log-probability apart before (median, max)",
+        "where they part (max)",
+        "k",
+    )
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, one in found["servers"].items():
+        firsts, before, at = (one[key] for key in _COLUMNS)
+        median = f"{statistics.median(firsts):g} (median), {firsts[0]} (earliest)" if firsts else "-"
+        apart = f"{before['median']:.1g}, {before['max']:.1g}" if before else "-"
+        exact = f"{one['trial']['read_ids']} on all" if "trial" in one and not one["failed"] else "same ids"
+        share = f"{one['identical']} of {one['attempts'] - sum(one['failed'].values())}"
+        rows.append(
+            f"| {name} | {share} | {median} | {apart} | {at['max']:.1g} | {exact} |"
+            if at
+            else f"| {name} | {share} | {median} | {apart} | - | {exact} |"
+        )
+    settings, machine = found["settings"], found["environment"]["hardware"]
+    note = (
+        f"`{found['model']}`, {settings['limit']} prompts at k = {settings['depths']}, "
+        f"{settings['max_new_tokens']} tokens, greedy; {machine}. From `scripts/compare_engines.py`; `{source}`."
+    )
+    text = page.read_text(encoding="utf-8")
+    head, rest = text.split(_BEGIN, 1)
+    tail = rest.split(_END, 1)[1]
+    page.write_text(f"{head}{_BEGIN}\n\n" + "\n".join(rows) + f"\n\n{note}\n\n{_END}{tail}", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def engines(options: argparse.Namespace, loaded: LoadedModel) -> Iterator[Iterator[tuple[str, Any]]]:
     """Named servers, each opened when its turn comes."""
@@ -189,8 +225,13 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--concurrency", type=int, default=4)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; figures of other servers in it are kept")
+    parser.add_argument("--document", type=Path, help="only write the figures of --output into this page")
     options = parser.parse_args()
+    if options.document:
+        source = options.output.as_posix()
+        document(json.loads(options.output.read_text(encoding="utf-8")), source, options.document)
+        return
 
     loaded = load_model(options.model, dtype="float32")
     jobs = jobs_of(loaded, options.limit, options.depths, options.max_new_tokens)
@@ -199,7 +240,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
     found |= {
         "model": options.model,
-        "settings": {key: value for key, value in vars(options).items() if key not in ("output", "server")},
+        "settings": {key: value for key, value in vars(options).items() if key not in ("output", "server", "document")},
         "environment": environment(),
         "hf": {"seconds": round(seconds, 2), "tokens": sum(len(one.token_ids) for one in ours)},
     }

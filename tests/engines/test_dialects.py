@@ -107,3 +107,9 @@ def test_an_end_of_another_kind_is_neither_stop_nor_length(reason: str | None) -
 def test_an_answer_of_another_form_cannot_be_read(dialect: Any, body: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="it holds no"):
         dialect.read(body)
+
+
+def test_thoughts_that_a_server_took_out_make_its_text_no_answer() -> None:
+    message = {"content": "a", "reasoning_content": "b"}
+    with pytest.raises(ValueError, match="without a reasoning parser"):
+        Chat(decode=str).read({"choices": [{"message": message, "finish_reason": "stop"}]})

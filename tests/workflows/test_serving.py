@@ -71,6 +71,9 @@ def test_an_audit_on_a_server_is_the_one_in_process(
     assert config["model_fingerprint"] is config["loaded_dtype"] is None
     (found,) = manifest["engine"]["servers"]
     assert (found["read_ids"], found["written_ids"]) == ("echoed", "returned")
+    (told,) = there.metrics["run_card"]["engine"]
+    assert told.startswith(f"fake at {one.url} (completions): token ids in (echoed), ids out returned")
+    assert here.metrics["run_card"]["engine"] == "hf: in this process"
     assert "127.0.0.1" not in json.dumps(config), "where a server is does not bind a run"
 
 

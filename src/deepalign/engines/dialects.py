@@ -180,6 +180,8 @@ class Chat:
         message = choice.get("message")
         if not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
             raise ValueError("it holds no message")
+        if message.get("reasoning_content") or message.get("reasoning"):
+            raise ValueError("the server took thoughts out of the text; start it without a reasoning parser")
         found = choice.get("logprobs")
         steps = found.get("content") if isinstance(found, dict) else None
         noted = [step.get("logprob") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []

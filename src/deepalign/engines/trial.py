@@ -60,7 +60,7 @@ def open_engine(client: Client, reader: Reads, *, prefills: bool, logprobs: bool
         logger.info("%s", one.told)
     for one in found[1:]:
         check_alike(found[0], one)
-    facts = {"servers": [dataclasses.asdict(one) for one in found]}
+    facts = {"told": [one.told for one in found], "servers": [dataclasses.asdict(one) for one in found]}
     model = found[0].model
     return ServedEngine(client, trials[0].dialect, reader.tokenizer, model=model, facts=facts, logprobs=logprobs)
 

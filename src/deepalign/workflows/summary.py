@@ -177,6 +177,7 @@ def run_card(manifest: dict[str, Any], judge: Judge) -> dict[str, Any]:
             "num_samples": config["samples"],
             "seed": config["seed"],
         },
+        "engine": (manifest.get("engine") or {"told": "hf: in this process"})["told"],
         "prefill_site": config["site"],
         "prompt_set": manifest["prompt_set"],
         "prompt_hash": config["prompt_hash"],
