@@ -191,7 +191,7 @@ def list_names(
     public_tasks = importlib.import_module("deepalign.tuning_sets.catalogue").PUBLIC_TASKS
     groups: dict[str, tuple[str, dict[str, str]]] = {
         "probes": ("probes", dict(PROBES)),
-        "judges": ("judges", judges),
+        "judges": ("judges", known_judges()),
         "built-in prompts": ("prompts", BUILTIN_SETS),
         "public prompts": ("prompts", {name: found.about for name, found in PUBLIC_SETS.items()}),
         "jailbreaks": ("jailbreaks", {name: found.about for name, found in wrappings.items()}),

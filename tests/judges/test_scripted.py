@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deepalign.errors import UserError
-from deepalign.judges import JUDGES, Judge, get_judge
+from deepalign.judges import JUDGES, SPECS, Judge, get_judge, known_judges
 from deepalign.judges.refusal import RefusalJudge
 from deepalign.judges.scripted import ScriptedJudge
 from deepalign.records import JudgeInput, Ruling
@@ -107,6 +107,31 @@ def test_a_scripted_judge_is_loaded_from_its_file(tmp_path: Path) -> None:
     assert rule(get_judge(f"scripted:{path}"), "x")[0].status == "refused"
 
 
+def test_every_judge_can_be_found_in_the_list() -> None:
+    listed = known_judges()
+    assert set(JUDGES) <= set(listed)
+    assert "scripted:FILE" in listed
+    assert all(about and "\n" not in about for about in listed.values())
+    for prefix in SPECS:
+        assert [form for form in listed if form.startswith(f"{prefix}:") and len(form) > len(prefix) + 1]
+
+
+def test_a_name_in_both_tables_takes_its_default_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def of(rest: str) -> Judge:
+        told.append(rest)
+        return RefusalJudge()
+
+    monkeypatch.setitem(JUDGES, "both", lambda: of("default"))
+    monkeypatch.setitem(SPECS, "both", of)
+    get_judge("both")
+    get_judge("both:org/model@http://host:1/v1")
+    assert told == ["default", "org/model@http://host:1/v1"]
+    with pytest.raises(UserError, match="unknown judge 'both:'"):
+        get_judge("both:")
+
+
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = "judge_of_a_user"
@@ -129,6 +154,8 @@ def test_a_class_or_an_object_is_imported_by_path(user_module: str) -> None:
     ("name", "part"),
     [
         ("refusel", "did you mean refusal"),
+        ("scriptd:x", "did you mean scripted:FILE?"),
+        ("scripted:", "did you mean scripted:FILE?"),
         ("", "unknown judge ''"),
         ("scripted", "scripted:FILE"),
         ("scripted:", "scripted:FILE"),

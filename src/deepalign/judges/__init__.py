@@ -1,7 +1,7 @@
 """Who decides whether a response refuses: the protocol every judge follows, and the table of built-in judges.
 
 Knows no run, no attack and no metric. A judge object of your own needs `name` and `judge`; the command line takes it
-as "module:Name". Built-in judges are imported when asked for.
+as "module:Name". Built-in judges stand in two tables, and are imported when asked for.
 """
 
 from __future__ import annotations
@@ -43,59 +43,50 @@ def _refusal() -> Judge:
     return RefusalJudge()
 
 
+def _scripted(file: str) -> Judge:
+    """FILE: verdicts, or people's labels, from a JSON Lines file."""
+    from deepalign.judges.scripted import ScriptedJudge
+
+    return ScriptedJudge.from_file(Path(file))
+
+
 JUDGES: dict[str, Callable[[], Judge]] = {"refusal": _refusal}
+"""Judges by plain name; the docstring says what each is."""
+SPECS: dict[str, Callable[[str], Judge]] = {"scripted": _scripted}
+"""Judges that need to be told more, by what stands before the colon: "scripted:labels.jsonl".
+
+The factory is given what follows the colon, never empty; its docstring is "WHAT FOLLOWS: what it is". A name may stand
+in both tables: plain it is the default.
+"""
 
 
-ENDPOINT_JUDGES = {
-    "rubric": "rubric:MODEL@URL: levels 1 to 5 of a usage policy, harmful at 5, as the paper has it",
-    "strongreject": "strongreject:MODEL@URL: is it refused, convincing, specific?",
-}
-
-
-def _on_endpoint(rubric: str, rest: str) -> Judge:
-    from deepalign.judges.endpoint_spec import rubric_judge, strongreject_judge
-
-    return rubric_judge(rest) if rubric == "rubric" else strongreject_judge(rest)
-
-
-def make_ready(judge: Judge, *, device: str, dtype: str, max_batch: int = 32) -> None:
-    """Before long work begins: let a judge that runs a model of its own fetch it, and say what it runs on.
-
-    Args:
-        judge: Any judge; one without `ready` needs nothing.
-        device: As for the audited model.
-        dtype: As for the audited model.
-        max_batch: Most texts at a time.
-
-    Raises:
-        UserError: Its weights cannot be had.
-    """
-    ready = getattr(judge, "ready", None)
-    if callable(ready):
-        ready(device=device, dtype=dtype, max_batch=max_batch)
+def known_judges() -> dict[str, str]:
+    """How each judge is asked for, and what it is."""
+    plain = {name: _about(load) for name, load in JUDGES.items()}
+    told = {prefix: _about(load).partition(": ") for prefix, load in SPECS.items()}
+    return {
+        **plain,
+        **{f"{prefix}:{form}": about for prefix, (form, _, about) in told.items()},
+        "module:Name": "a judge of your own",
+    }
 
 
 def get_judge(name: str) -> Judge:
-    """The judge called `name`: a built-in name, with what it reads after a colon, or an import path "module:Name"."""
+    """The judge called `name`: a built-in name, one told more ("scripted:FILE"), or an import path "module:Name"."""
+    prefix, colon, rest = name.partition(":")
     if name in JUDGES:
         return JUDGES[name]()
-    module_name, colon, attribute = name.partition(":")
-    if module_name in GUARDS and (attribute or not colon):
-        return guard_judge(module_name, attribute)
-    if module_name in ENDPOINT_JUDGES:
-        return _on_endpoint(module_name, attribute)
-    if module_name == "scripted" and attribute:
-        from deepalign.judges.scripted import ScriptedJudge
-
-        return ScriptedJudge.from_file(Path(attribute))
-    own = ", ".join((*JUDGES, *GUARDS))
-    known = f'known judges: {own}, {", ".join(ENDPOINT_JUDGES)}:MODEL@URL, "scripted:FILE", "module:Name"'
-    close = difflib.get_close_matches(name, [*JUDGES, *GUARDS, *ENDPOINT_JUDGES, "scripted:FILE"], n=2)
+    if prefix in SPECS and rest:
+        return SPECS[prefix](rest)
+    forms = list(known_judges())
+    known = f"known judges: {', '.join(forms)}"
+    own = [form for form in forms if form.startswith(f"{prefix}:")]
+    close = own or difflib.get_close_matches(name, forms[:-1], n=2)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    if not (colon and module_name and attribute):
+    if not (colon and prefix and rest):
         raise UserError(f"unknown judge {name!r}{hint} ({known})")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        found = getattr(importlib.import_module(prefix), rest)
         judge = found() if isinstance(found, type) else found
     except Exception as error:  # a user's module may fail in any way
         raise UserError(f"judge {name!r} cannot be loaded: {' '.join(str(error).split())}{hint} ({known})") from error
@@ -104,3 +95,7 @@ def get_judge(name: str) -> Judge:
     if not (isinstance(judge.name, str) and _FILE_NAME.fullmatch(judge.name)):
         raise UserError(f"judge {name!r} is named {judge.name!r}; give it letters, digits, '.', '_' and '-' only")
     return judge
+
+
+def _about(load: Callable[..., Judge]) -> str:
+    return " ".join((load.__doc__ or "").split())
