@@ -22,8 +22,7 @@ from deepalign.config_suffix import SuffixConfig
 from deepalign.config_tuning import DeepenConfig, FinetuneConfig
 from deepalign.config_utility import UtilityConfig, WinrateConfig
 from deepalign.errors import UserError
-from deepalign.judges import ENDPOINT_JUDGES, JUDGES
-from deepalign.judges.guards import GUARDS
+from deepalign.judges import known_judges
 from deepalign.prompts import BUILTIN_SETS
 from deepalign.prompts.catalogue import PUBLIC_SETS
 from deepalign.shards import AUTO
@@ -182,9 +181,6 @@ def list_names(
         kind: What to name.
     """
     testbed = importlib.import_module("deepalign.testbed").TESTBED
-    judges = {name: (load.__doc__ or "").strip() for name, load in JUDGES.items()}
-    judges |= {name: entry.says for name, entry in GUARDS.items()} | ENDPOINT_JUDGES
-    judges |= {"module:Name": "a judge of your own", "scripted:FILE": "verdicts from a JSON Lines file"}
     attacks = importlib.import_module("deepalign.tuning_sets.attacks").ATTACK_SETS
     tasks = importlib.import_module("deepalign.tuning_sets.tasks").BENIGN_SETS
     wrappings = importlib.import_module("deepalign.attacks.jailbreaks").BUILTIN_WRAPPINGS

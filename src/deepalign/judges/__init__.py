@@ -10,6 +10,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -50,20 +51,44 @@ def _scripted(file: str) -> Judge:
     return ScriptedJudge.from_file(Path(file))
 
 
-JUDGES: dict[str, Callable[[], Judge]] = {"refusal": _refusal}
-"""Judges by plain name; the docstring says what each is."""
-SPECS: dict[str, Callable[[str], Judge]] = {"scripted": _scripted}
-"""Judges that need to be told more, by what stands before the colon: "scripted:labels.jsonl".
+def _rubric(rest: str) -> Judge:
+    """MODEL@URL: levels 1 to 5 of a usage policy, harmful at 5, as the paper has it."""
+    from deepalign.judges.endpoint_spec import rubric_judge
 
-The factory is given what follows the colon, never empty; its docstring is "WHAT FOLLOWS: what it is". A name may stand
-in both tables: plain it is the default.
+    return rubric_judge(rest)
+
+
+def _strongreject(rest: str) -> Judge:
+    """MODEL@URL: is it refused, convincing, specific?"""
+    from deepalign.judges.endpoint_spec import strongreject_judge
+
+    return strongreject_judge(rest)
+
+
+JUDGES: dict[str, Callable[[], Judge]] = {
+    "refusal": _refusal,
+    **{name: partial(guard_judge, name, "") for name in GUARDS},
+}
+"""Judges by plain name."""
+SPECS: dict[str, Callable[[str], Judge]] = {
+    "rubric": _rubric,
+    "strongreject": _strongreject,
+    "scripted": _scripted,
+    **{name: partial(guard_judge, name) for name in GUARDS},
+}
+"""Judges that are told more, by what stands before the colon: "scripted:labels.jsonl".
+
+The factory is given what follows the colon. A name may stand in both tables: plain it is the default. A factory of its
+own says in its docstring "WHAT FOLLOWS: what it is".
 """
+_MAY_BE_EMPTY = ("rubric", "strongreject")
+"""Specs whose parts may all be left out: the server then names its model, and the environment the server."""
 
 
 def known_judges() -> dict[str, str]:
     """How each judge is asked for, and what it is."""
-    plain = {name: _about(load) for name, load in JUDGES.items()}
-    told = {prefix: _about(load).partition(": ") for prefix, load in SPECS.items()}
+    plain = {name: GUARDS[name].says if name in GUARDS else _about(load) for name, load in JUDGES.items()}
+    told = {prefix: _about(load).partition(": ") for prefix, load in SPECS.items() if prefix not in GUARDS}
     return {
         **plain,
         **{f"{prefix}:{form}": about for prefix, (form, _, about) in told.items()},
@@ -71,12 +96,29 @@ def known_judges() -> dict[str, str]:
     }
 
 
+def make_ready(judge: Judge, *, device: str, dtype: str, max_batch: int = 32) -> None:
+    """Before long work begins: let a judge that runs a model of its own fetch it, and say what it runs on.
+
+    Args:
+        judge: Any judge; one without `ready` needs nothing.
+        device: As for the audited model.
+        dtype: As for the audited model.
+        max_batch: Most texts at a time.
+
+    Raises:
+        UserError: Its weights cannot be had.
+    """
+    ready = getattr(judge, "ready", None)
+    if callable(ready):
+        ready(device=device, dtype=dtype, max_batch=max_batch)
+
+
 def get_judge(name: str) -> Judge:
     """The judge called `name`: a built-in name, one told more ("scripted:FILE"), or an import path "module:Name"."""
     prefix, colon, rest = name.partition(":")
     if name in JUDGES:
         return JUDGES[name]()
-    if prefix in SPECS and rest:
+    if prefix in SPECS and (rest or prefix in _MAY_BE_EMPTY):
         return SPECS[prefix](rest)
     forms = list(known_judges())
     known = f"known judges: {', '.join(forms)}"
