@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from deepalign.endpoints.client import Client
+from deepalign.endpoints.servers import Server
+from deepalign.endpoints.spending import Prices
 from deepalign.errors import UserError
+from deepalign.judges.rubric import RubricJudge, policy_rubric
+from deepalign.progress import silent
 from deepalign.records import Attempt, Completion, JudgeInput, Message, Ruling, Verdict
 from deepalign.runs import RunFolder
+from deepalign.workflows.judge_accounts import accounted, told
 from deepalign.workflows.judging import judge_batch
 from deepalign.workflows.steps import COMPLETIONS, judge_completions
 
@@ -119,3 +125,28 @@ def test_a_mistake_that_the_user_can_mend_stops_any_judge(run: RunFolder) -> Non
 
     with pytest.raises(UserError, match="no server is left"):
         judge_completions(run, Gone(), filled(run))
+
+
+def test_what_judging_cost_is_noted_however_it_ends(run: RunFolder) -> None:
+    client = Client(Server(url="http://127.0.0.1:9/v1", model="m"))
+    judge = RubricJudge(policy_rubric(), client, model="m", prices=Prices(prompt=1.0, completion=2.0))
+
+    def sitting() -> None:
+        with accounted(run, judge, silent) as progress:
+            progress("judging", 1, 2)
+            judge.spending.calls += 2
+            judge.spending.prompt_tokens += 1000
+            judge.spending.completion_tokens += 10
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sitting()
+    assert not (run / "manifest.json").exists(), "a folder without a manifest is given none"
+    run.claim({}, {})
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            sitting()
+        spent = run.manifest["judge_spending"]["rubric-m"]
+        assert (spent["calls"], spent["prompt_tokens"]) == (2 * times, 1000 * times)
+        assert spent["cost"] == pytest.approx(times * (1000 * 1 + 10 * 2) / 1e6)
+    assert told(run.path) == ["rubric-m: 4 calls, 0 replies from the cache; 2000 tokens in, 20 out; cost 0.00204"]

@@ -32,6 +32,7 @@ from deepalign.training.data import table_of
 from deepalign.tuning_sets.rows import Frame, TaskItem, TuningSet
 from deepalign.tuning_sets.scores import score
 from deepalign.ways import Cell, Way
+from deepalign.workflows.judge_accounts import accounted
 from deepalign.workflows.steps import ATTEMPTS, COMPLETIONS, complete, judge_completions
 from deepalign.workflows.trainers import make_trainer, micro_batch, save_weights, train
 
@@ -201,7 +202,8 @@ def measured(
     complete(run, loaded, attempts, stage="asking", max_batch=len(attempts), progress=progress)
     completions = {one.key: one for one in run.records(COMPLETIONS, Completion)}
     asked = [attempt for attempt in attempts if attempt.attack == _ATTACK]
-    verdicts = {one.key: one for one in judge_completions(run, _AfterPivot(bench.judge, frame), asked)}
+    with accounted(run, bench.judge, silent):
+        verdicts = {one.key: one for one in judge_completions(run, _AfterPivot(bench.judge, frame), asked)}
     outcomes: dict[str, list[list[Any]]] = {}
     for attempt in asked:
         status = verdicts[attempt.key].status

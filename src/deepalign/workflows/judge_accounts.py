@@ -12,7 +12,7 @@ from typing import Any
 from deepalign.judges import Judge
 from deepalign.judges.rubric import RubricJudge
 from deepalign.progress import Progress
-from deepalign.runs import RunFolder
+from deepalign.runs import MANIFEST, RunFolder
 
 NOTED = "judge_spending"
 _NOTE_EVERY_SECONDS = 20.0
@@ -25,7 +25,7 @@ def accounted(run: RunFolder, judge: Judge, progress: Progress) -> Iterator[Prog
     Yields:
         The progress to report to meanwhile.
     """
-    if not isinstance(judge, RubricJudge):
+    if not isinstance(judge, RubricJudge) or not (run / MANIFEST).exists():
         yield progress
         return
     before = run.manifest.get(NOTED, {}).get(judge.name, {})
