@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import signal
@@ -17,9 +18,12 @@ import torch
 
 import deepalign
 from deepalign import AuditConfig, UserError
+from deepalign.endpoints import routing
+from deepalign.endpoints.client import Client
 from deepalign.models import LoadedModel, load_model
 from deepalign.records import Completion, read_jsonl
 from deepalign.workflows import models as held
+from deepalign.workflows import serving
 from fake_endpoint import FakeEndpoint
 from fake_engine import FakeEngine
 
@@ -198,6 +202,37 @@ def test_of_three_servers_one_is_killed_and_one_fails_and_nothing_is_lost_or_dou
     assert {key: one for key, one in theirs.items() if key not in drawn} == {
         key: one for key, one in mine.items() if key not in drawn
     }
+
+
+def test_when_the_last_server_dies_what_it_owes_stays_open(
+    greedy: dict[str, Any], target: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that it gave no answer to are no failures of the model: the same command asks them again."""
+    monkeypatch.setattr(routing, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(serving, "Client", functools.partial(Client, first_pause_seconds=0.02, retries=2))
+    greedy = {**greedy, "probes": ("prefill",), "max_new_tokens": 5, "output": tmp_path / "run"}
+    with processes(target, {"seconds": 0.05}) as ((victim, url),):
+
+        def kill_in_the_middle() -> None:
+            records = tmp_path / "run" / "completions.jsonl"
+            while not records.exists() or records.read_bytes().count(b"\n") < 3:
+                time.sleep(0.005)
+            victim.kill()
+
+        killer = threading.Thread(target=kill_in_the_middle, daemon=True)
+        killer.start()
+        with pytest.raises(UserError, match="no server is left") as caught:
+            deepalign.audit(AuditConfig(**greedy, engine=f"openai:{url}", engine_concurrency=2))
+        killer.join(timeout=10)
+    assert "\n" not in str(caught.value)
+    kept = completions(tmp_path / "run")
+    assert 3 <= len(kept) < 12
+    assert {one.status for one in kept.values()} == {"ok"}
+    with endpoint(target) as one:
+        finished = completions(deepalign.audit(AuditConfig(**greedy, engine=f"openai:{one.url}")).run)
+    assert len(finished) == 12
+    assert {key: finished[key] for key in kept} == kept
+    assert {one.status for one in finished.values()} == {"ok"}
 
 
 def test_mistakes_get_one_line(

@@ -261,7 +261,7 @@ class _Sending:
         # Tries at a server that is gone say nothing of the request.
         tries = sum(self._tries[index][other.name] for other in self._routes.alive)
         if tries > self._client.retries:
-            self._deliver(index, server, None, f"gave up after {tries} tries: {found.reason}")
+            self._deliver(index, server, None, f"gave up after {tries} tries: {found.reason}", gave_up=True)
             return None
         elsewhere = found.kind == "busy" and len(self._routes.alive) > 1
         return 0.0 if elsewhere else max(self._pause(tries), found.wait or 0.0)
@@ -270,11 +270,14 @@ class _Sending:
         longest: float = min(self._client.first_pause_seconds * 2.0 ** (tries - 1), _LONGEST_PAUSE_SECONDS)
         return longest * self._random.uniform(0.5, 1.0)
 
-    def _deliver(self, index: int, server: Server, body: dict[str, Any] | None, reason: str) -> None:
+    def _deliver(
+        self, index: int, server: Server, body: dict[str, Any] | None, reason: str, *, gave_up: bool = False
+    ) -> None:
         self._open -= 1
         reply = Reply(
             status="failed" if body is None else "ok",
             reason=reason,
+            gave_up=gave_up,
             tries=self._tries[index].total(),
             seconds=time.monotonic() - self._started[index],
             server=server.url,

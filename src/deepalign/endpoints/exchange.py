@@ -41,6 +41,8 @@ class Reply:
     """The JSON that came back; empty where the call failed."""
     reason: str = ""
     """Why it failed; never holds a key."""
+    gave_up: bool = False
+    """Whether tries ran out on passing faults: asked again later, it may well be answered."""
     tries: int = 0
     """Calls that were made."""
     seconds: float = 0.0

@@ -68,10 +68,21 @@ class ServedEngine:
         # Jobs with a common beginning next to each other, so that a server's cache still holds it.
         order = sorted(range(len(jobs)), key=lambda index: _beginning(jobs[index]))
         for start in range(0, len(order), _WAVE):
-            wave = order[start : start + _WAVE]
-            requests = [self.request(jobs[index], stop_ids) for index in wave]
-            for place, reply in self._client.send(requests):
-                yield self.continuation(wave[place], jobs[wave[place]], reply, stop_ids)
+            again: list[int] = []
+            for index, reply in self._send(jobs, order[start : start + _WAVE], stop_ids):
+                if reply.gave_up:
+                    again.append(index)
+                else:
+                    yield self.continuation(index, jobs[index], reply, stop_ids)
+            # A failure is for good, in a run. What a server gave no answer to is asked once more when the others are
+            # done; and if by then no server is left, it stays open for the run that goes on.
+            for index, reply in self._send(jobs, again, stop_ids):
+                yield self.continuation(index, jobs[index], reply, stop_ids)
+
+    def _send(self, jobs: Sequence[Job], part: Sequence[int], stop_ids: Sequence[int]) -> Iterator[tuple[int, Reply]]:
+        """Replies to some of the jobs, with the index of each."""
+        for place, reply in self._client.send([self.request(jobs[index], stop_ids) for index in part]):
+            yield part[place], reply
 
     def request(self, job: Job, stop_ids: Sequence[int]) -> Request:
         """A job as it is sent."""
