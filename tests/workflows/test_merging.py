@@ -199,6 +199,17 @@ def test_shards_without_verdicts_are_judged_by_the_merge(copies: list[Path], str
     assert set((again.run / "verdicts.refusal.jsonl").read_bytes().splitlines()) == set(kept.splitlines())
 
 
+def test_servers_of_all_shards_stand_in_the_merged_run(copies: list[Path], tmp_path: Path) -> None:
+    for number, folder in enumerate(copies):
+        # Rounding may make one of the trial's texts another.
+        changed(
+            folder, engine={"dialect": "d", "servers": [{"url": f"http://{number % 2}", "greedy": [[1], [number]]}]}
+        )
+    run = deepalign.merge_shards(MergeConfig(shards=tuple(copies), output=tmp_path / "merged")).run
+    engine = json.loads((run / "manifest.json").read_bytes())["engine"]
+    assert (engine["dialect"], [server["url"] for server in engine["servers"]]) == ("d", ["http://0", "http://1"])
+
+
 def test_nothing_to_merge(mistake: Any) -> None:
     with pytest.raises(deepalign.UserError, match="give the run folders of the shards"):
         deepalign.merge_shards(MergeConfig(shards=()))
@@ -305,6 +316,14 @@ def other_version(found: list[Path]) -> None:
 @broken("differ in version of deepalign's commit: .*, 'abc' in")
 def other_commit(found: list[Path]) -> None:
     changed(found[1], environment__commit="abc")
+
+
+@broken(
+    "servers of .*shard-1-of-3 .http://one. and of .*shard-2-of-3 .http://two. answer the same tokens in other ways"
+)
+def other_weights_on_servers(found: list[Path]) -> None:
+    for folder, url, ids in ((found[0], "http://one", [[1, 2], [3]]), (found[1], "http://two", [[2, 1], [4]])):
+        changed(folder, engine={"servers": [{"url": url, "greedy": ids}]})
 
 
 @broken(r"differ in onset_openings: .* in .*, \[\[1, 2, 3\]\] in")

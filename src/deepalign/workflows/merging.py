@@ -15,6 +15,7 @@ from typing import Any
 
 from deepalign.config_reports import MergeConfig
 from deepalign.endpoints.spending import Spending
+from deepalign.engines.trial import same_greedy
 from deepalign.errors import UserError
 from deepalign.judges import Judge, get_judge, make_ready
 from deepalign.progress import Progress, silent
@@ -134,6 +135,13 @@ def _check_alike(parts: Sequence[Part]) -> None:
     """Refuse shards of different settings, models or versions, naming what differs."""
     first = parts[0]
     for other in parts[1:]:
+        ours, others = _servers(first), _servers(other)
+        if ours and others and same_greedy(ours[0]["greedy"], others[0]["greedy"]) == 0:
+            told = f"{first.run.path} ({ours[0]['url']}) and of {other.run.path} ({others[0]['url']})"
+            raise UserError(
+                f"the servers of {told} answer the same tokens in other ways: they hold other weights; "
+                "run one of the two again in a new folder"
+            )
         for what, mine, theirs in (
             ("setting ", _settings(first), _settings(other)),
             ("", _models(first), _models(other)),
@@ -147,6 +155,12 @@ def _check_alike(parts: Sequence[Part]) -> None:
                         f"{_short(theirs.get(name))} in {other.run.path}; merge shards of one audit, or run the "
                         "odd one again in a new folder"
                     )
+
+
+def _servers(part: Part) -> list[dict[str, Any]]:
+    """The servers that a shard asked, as its trial found them; none where it generated itself."""
+    servers: list[dict[str, Any]] = (part.manifest.get("engine") or {}).get("servers", [])
+    return servers
 
 
 def _settings(part: Part) -> dict[str, Any]:
@@ -201,6 +215,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, Any]:
     return {
         **{name: value for name, value in parts[0].manifest.items() if name not in _OF_A_SHARD},
         "answers": tell_answers(totals),
+        **_engine(parts),
         "seconds": seconds,
         "merged": [
             {
@@ -237,6 +252,12 @@ def _make_ready(run: RunFolder, judges: Sequence[Judge], settings: dict[str, Any
         path = run / f"verdicts.{judge.name}.jsonl"
         if count_lines(path) < count_lines(run / COMPLETIONS):
             make_ready(judge, device=settings["device"], dtype=settings["dtype"])
+
+
+def _engine(parts: Sequence[Part]) -> dict[str, Any]:
+    """The trial of the servers, with those of all shards."""
+    servers = {server["url"]: server for part in parts for server in _servers(part)}
+    return {"engine": {**parts[0].manifest["engine"], "servers": list(servers.values())}} if servers else {}
 
 
 def _environment(parts: Sequence[Part]) -> dict[str, Any]:
