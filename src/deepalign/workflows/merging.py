@@ -15,7 +15,7 @@ from typing import Any
 
 from deepalign.config_reports import MergeConfig
 from deepalign.endpoints.spending import Spending
-from deepalign.engines.trial import same_greedy
+from deepalign.engines.found import same_greedy
 from deepalign.errors import UserError
 from deepalign.judges import Judge, get_judge, make_ready
 from deepalign.progress import Progress, silent
