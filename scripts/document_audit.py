@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from attack_figures import ATTACK_FIGURES
+from engine_figures import ENGINE_FIGURES
 from grid_figures import GRID_FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -321,6 +322,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "study-auc": study_auc,
     "study-bias": study_bias,
     **ATTACK_FIGURES,
+    **ENGINE_FIGURES,
     **GRID_FIGURES,
 }
 """Figures by the name of their block."""

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepalign.suffix import losses as losses_module
 from deepalign.suffix.behaviours import Behaviour, Ids
 from deepalign.suffix.losses import TargetLosses, passes, reduced
 from deepalign.suffix.reading import Reader, reader_for
@@ -160,15 +159,10 @@ def test_passes_cover_every_row_once_within_their_limits(most_positions: int, mo
         assert last - first <= most_rows
 
 
-def test_passes_are_cut_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_are_cut_where_it_pays() -> None:
     lengths = (2,) * 50 + (30,) * 50
-    monkeypatch.setattr(losses_module, "_PASS_COST", 64)
-    passes.cache_clear()
-    assert passes(lengths, 10_000, 1000) == ((0, 50), (50, 100))
-    monkeypatch.setattr(losses_module, "_PASS_COST", 10_000)
-    passes.cache_clear()
-    assert passes(lengths, 10_000, 1000) == ((0, 100),)
-    passes.cache_clear()
+    assert passes(lengths, 10_000, 1000, 64) == ((0, 50), (50, 100))
+    assert passes(lengths, 10_000, 1000, 10_000) == ((0, 100),)
 
 
 def test_the_callers_model_is_left_as_it_was(

@@ -26,7 +26,9 @@ _CUDA_SHARE = 0.4
 _LIVE_STATES = 32
 """Hidden states that one position of a pass may hold at a time, on a GPU."""
 _PASS_COST = 64
-"""What a pass costs beside its rows, in positions: fewer, larger passes are taken where they cost less."""
+"""What a pass costs beside its rows on a CPU, in positions: fewer, larger passes are taken where they cost less."""
+_LAUNCHING, _RATE = 1.25e-3, 4e14
+"""On a GPU: seconds of a layer's launches, and operations per second, as an H100 had them with 1B and 7B models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class TargetLosses:
         self._before: Prefix | None = None
         self._near: tuple[Ids, Prefix | None] = ((), None)
         self._most_rows = 2**20
+        self._pass_cost = _pass_cost(reader)
         self._targets_T = torch.tensor(behaviour.target_ids, device=reader.device)
 
     def before(self) -> Prefix | None:
@@ -110,7 +113,7 @@ class TargetLosses:
         lengths = [len(candidates[index]) - count + tail for index, count in zip(order, alike, strict=True)]
         losses_N = torch.full((len(candidates),), math.inf, dtype=torch.float64)
         matched_N = torch.zeros(len(candidates), dtype=torch.bool)
-        for first, last in passes(tuple(lengths), *self._limits(max(lengths, default=0), prefix)):
+        for first, last in passes(tuple(lengths), *self._limits(max(lengths, default=0), prefix), self._pass_cost):
             part = order[first:last]
             shared = known + alike[last - 1] if prefix is not None else 0
             read = self._read_in_memory([candidates[row] for row in part], prefix, shared)
@@ -164,6 +167,15 @@ class TargetLosses:
         return torch.tensor(whole, device=self.reader.device)
 
 
+def _pass_cost(reader: Reader) -> int:
+    """What a pass costs beside its rows, in positions; from sizes alone, so that a search goes the same way again."""
+    if reader.device.type != "cuda":
+        return _PASS_COST
+    layers = int(reader.model.config.get_text_config(decoder=True).num_hidden_layers)
+    operations = 2 * sum(parameter.numel() for parameter in reader.model.parameters())
+    return int(layers * _LAUNCHING * _RATE / max(1, operations))
+
+
 def reduced(nats_BT: Tensor, mellowmax: float | None) -> Tensor:
     """One loss for each row: the mean over tokens, or (log mean exp(alpha x)) / alpha, which leans to the worst."""
     if mellowmax is None:
@@ -172,20 +184,23 @@ def reduced(nats_BT: Tensor, mellowmax: float | None) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def passes(lengths: tuple[int, ...], most_positions: int, most_rows: int) -> tuple[tuple[int, int], ...]:
+def passes(
+    lengths: tuple[int, ...], most_positions: int, most_rows: int, pass_cost: int = _PASS_COST
+) -> tuple[tuple[int, int], ...]:
     """Cut rows, the shortest first, into passes [first, last) that cost least; each row is as long as its pass's last.
 
     Args:
         lengths: Positions that each row needs, ascending.
         most_positions: Most positions of a pass; a single row may have more.
         most_rows: Most rows of a pass.
+        pass_cost: What a pass costs beside its rows, in positions.
     """
     costs, starts = [0], [0]
     for last in range(1, len(lengths) + 1):
         length = lengths[last - 1]
         most = max(1, min(most_rows, most_positions // max(1, length)))
         cost, start = min(
-            (costs[first] + _PASS_COST + (last - first) * length, first) for first in range(max(0, last - most), last)
+            (costs[first] + pass_cost + (last - first) * length, first) for first in range(max(0, last - most), last)
         )
         costs.append(cost)
         starts.append(start)
