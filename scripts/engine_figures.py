@@ -10,7 +10,7 @@ def engine(measured: dict[str, Any]) -> str:
     """Tokens a second of every side, beside the hardware's bound."""
     settings = measured["settings"]
     lines = ["", "", "| side | tokens/s | of the bound | peak memory |", "|---|---|---|---|"]
-    bound = measured["bound_tokens_per_second"]
+    limits, bound = measured["ceilings"], measured["bound_tokens_per_second"]
     for side, rate in measured["tokens_per_second"].items():
         peak = measured["peak_bytes"].get(side)
         memory = f"{peak / 2**30:.1f} GiB" if peak else "not measured"
@@ -22,8 +22,8 @@ def engine(measured: dict[str, Any]) -> str:
             f"`{settings['shape']}`, {settings['rows']} rows of {settings['prompts']} prompts, "
             f"{settings['new_tokens']} new tokens, {settings['dtype'].removeprefix('torch.')}, best of "
             f"{settings['repeats']}; {measured['device']}, torch {measured['torch']}. The bound, {bound:,.0f} "
-            f"tokens/s, counts decoding alone, at {measured['ceilings']['operations_per_second'] / 1e12:,.2f} TFLOP/s and "
-            f"{measured['ceilings']['bytes_per_second'] / 1e9:,.0f} GB/s as measured there.",
+            f"tokens/s, counts decoding alone, at {limits['operations_per_second'] / 1e12:,.2f} TFLOP/s and "
+            f"{limits['bytes_per_second'] / 1e9:,.0f} GB/s as measured there.",
             "",
             "",
         ]

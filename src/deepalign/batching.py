@@ -94,15 +94,13 @@ def batches(model: Any, rows: list[Row], max_batch: int, *, shared: bool) -> Ite
     ordered = sorted(rows, key=lambda row: (len(row.host), row.host, len(row.job.ids)))
     # As few batches as there must be, and those alike: a small one takes as many steps as a full one.
     max_batch = math.ceil(len(rows) / max(1, math.ceil(len(rows) / max_batch)))
-    # While a batch is laid out, a pass over prefixes is alive twice; what rows add to shared ones never is.
-    added = 0.6 if shared else 1.0
     batch: list[Row] = []
     hosts: set[tuple[int, ...]] = set()
     longest = newest = 0
     for row in ordered:
         longest, newest = max(longest, len(row.host)), max(newest, row.job.sampling.max_new_tokens)
         num_hosts = len(hosts) + (row.host not in hosts) if shared else len(batch) + 1
-        if batch and (len(batch) >= max_batch or num_hosts * longest + added * (len(batch) + 1) * newest > budget):
+        if batch and (len(batch) >= max_batch or num_hosts * longest + (len(batch) + 1) * newest > budget):
             yield batch
             batch, hosts = [], set()
             longest, newest = len(row.host), row.job.sampling.max_new_tokens
