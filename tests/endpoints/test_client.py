@@ -139,6 +139,22 @@ def test_retry_after_is_waited_for_by_all() -> None:
         assert server.times[1] - server.times[0] >= 0.5
 
 
+def test_two_busy_servers_are_given_their_pauses() -> None:
+    """Handing a request to and fro at once would use up its tries in no time."""
+
+    def busy(number: int) -> str:
+        return "429" if number < 2 else ""
+
+    with (
+        FakeEndpoint(echo, faults=busy, retry_after="0.3") as one,
+        FakeEndpoint(echo, faults=busy, retry_after="0.3") as two,
+    ):
+        started = time.monotonic()
+        found = list(client(one, two, concurrency=1, retries=4).send([ask("one")]))
+        assert [reply.status for _, reply in found] == ["ok"]
+        assert time.monotonic() - started >= 0.3
+
+
 def test_the_last_byte_must_come_in_time() -> None:
     with FakeEndpoint(echo, faults=lambda number: "slow") as server:
         started = time.monotonic()

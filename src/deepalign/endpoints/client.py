@@ -203,7 +203,7 @@ class _Sending:
         while self._open and not place.gone:
             rest = place.resting_until - time.monotonic()
             if rest > 0:
-                await asyncio.sleep(rest + self._random.uniform(0, 0.1))
+                await asyncio.sleep(rest + self._random.uniform(0, 0.1 * min(rest, 1.0)))
                 continue
             async with self._changed:
                 index = self._routes.take(place)
@@ -253,7 +253,6 @@ class _Sending:
             place.gone = place.gone or found.reason
         elif found.kind == "busy":
             place.answered = True
-            place.resting_until = max(place.resting_until, now + (found.wait or 0.0))
         else:
             self._routes.failed(place, found.reason, now, unreachable=found.unreachable)
         if place.gone:
@@ -263,8 +262,12 @@ class _Sending:
         if tries > self._client.retries:
             self._deliver(index, server, None, f"gave up after {tries} tries: {found.reason}", gave_up=True)
             return None
-        elsewhere = found.kind == "busy" and len(self._routes.alive) > 1
-        return 0.0 if elsewhere else max(self._pause(tries), found.wait or 0.0)
+        pause = max(self._pause(tries), found.wait or 0.0)
+        if found.kind == "busy":
+            # All of this server's slots rest; the request may go elsewhere at once.
+            place.resting_until = max(place.resting_until, now + pause)
+            return 0.0
+        return pause
 
     def _pause(self, tries: int) -> float:
         longest: float = min(self._client.first_pause_seconds * 2.0 ** (tries - 1), _LONGEST_PAUSE_SECONDS)
