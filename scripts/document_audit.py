@@ -22,6 +22,7 @@ from typing import Any
 from attack_figures import ATTACK_FIGURES
 from engine_figures import ENGINE_FIGURES
 from grid_figures import GRID_FIGURES
+from utility_figures import UTILITY_FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -33,6 +34,7 @@ DOCUMENTS = (
     "docs/training.md",
     "docs/finetuning-attacks.md",
     "docs/attacks.md",
+    "docs/utility.md",
 )
 BLOCK = re.compile(r"(<!-- figure ([a-z-]+)(?: of (\S+))? -->).*?(<!-- end -->)", re.DOTALL)
 
@@ -324,6 +326,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     **ATTACK_FIGURES,
     **ENGINE_FIGURES,
     **GRID_FIGURES,
+    **UTILITY_FIGURES,
 }
 """Figures by the name of their block."""
 

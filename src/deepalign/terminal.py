@@ -104,6 +104,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     # It tells of kernels that it could also have, and of every cast.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It tells of each try to reach a hub that is not there, before the one line that says so.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # It warns of every default that a task relies on.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if not sys.warnoptions:

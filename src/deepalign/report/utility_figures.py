@@ -49,7 +49,7 @@ def trade_off(runs: Sequence[Metrics]) -> Drawing:
             _cross(axes, use, asr, colour(index))
             axes.plot(
                 [use.value or 0], [asr.value or 0], marker=MARKERS[index % len(MARKERS)], markersize=8,
-                color=colour(index), markerfacecolor=colour(index) if best else "white", linestyle="none",
+                color=colour(index), markerfacecolor=colour(index) if best else "none", linestyle="none",
                 label=short(name, "wide"), zorder=3, clip_on=False,
             )  # fmt: skip
         axes.set_xlim(0, 1)
