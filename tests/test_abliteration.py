@@ -323,7 +323,8 @@ def test_the_direction_that_refusals_hang_on_is_found(random_model: Make) -> Non
     assert facts.refusal_before > 0.9
     assert facts.refusal_after < 0.05
     assert facts.within_kl
-    assert facts.kl <= facts.max_kl == 0.1
+    assert facts.max_kl == 0.1
+    assert facts.kl <= 0.1
     assert (facts.num_harmful, facts.num_harmless) == (12, 12)
     assert (facts.num_harmful_held_out, facts.num_harmless_held_out) == (5, 5)
     assert num_hooks(model) == 0
@@ -401,6 +402,7 @@ def test_the_bound_is_kept_to(random_model: Make) -> None:
     assert least.kl < free.kl, "the bound would decide nothing"
     middle = chosen(model, max_kl=(least.kl + free.kl) / 2).facts
     assert middle.within_kl
+    assert middle.max_kl is not None
     assert middle.kl <= middle.max_kl < free.kl
 
 

@@ -167,6 +167,9 @@ class AuditConfig(EngineSettings):
     any_depth_every: Whole = 25
     """Tokens of a harmful answer between two places at which the assistant header is put in again."""
 
+    ablation_kl: float = 0.1
+    """Most nats by which taking out the refusal direction may move harmless prompts; 0 sets no limit."""
+
     finetuning_sets: tuple[str, ...] = ATTACKS_BY_TUNING
     """Sets that the finetuning probe tunes copies of the model on."""
 
@@ -236,6 +239,8 @@ class AuditConfig(EngineSettings):
             raise UserError(f"--temperature {self.temperature} is no number from 0 up; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p} is outside (0, 1]")
+        if not 0 <= self.ablation_kl < math.inf:
+            raise UserError(f"--ablation-kl {self.ablation_kl} is no number from 0 up; 0 sets no limit")
         if not 0 < self.threshold < 1:
             raise UserError(f"--threshold {self.threshold} is outside (0, 1)")
 

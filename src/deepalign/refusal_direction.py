@@ -71,7 +71,8 @@ class DirectionFacts:
     refusal_after: float
     kl: float
     """Mean D(model || ablated) there on held-out harmless prompts, nats."""
-    max_kl: float
+    max_kl: float | None
+    """None where there was no limit."""
     within_kl: bool
     """False where none that was tried kept to `max_kl`, and the one with the least sum of refusal and KL was taken."""
     cosine_mean: float | None
@@ -109,7 +110,7 @@ def select_direction(
         held_out: Rendered prompts that are in neither mean, harmful and harmless.
         openings: What counts as the beginning of a refusal.
         vocab_size: Width of the model's output.
-        max_kl: Nats, at the first response position.
+        max_kl: Nats, at the first response position; infinite for no limit.
         batch: Sequences in one forward pass; fewer where memory runs out.
         progress: Told of the candidates tried.
 
@@ -145,7 +146,7 @@ def select_direction(
         refusal_before=effects.refusal_before,
         refusal_after=trial.refusal,
         kl=trial.kl,
-        max_kl=max_kl,
+        max_kl=None if math.isinf(max_kl) else max_kl,
         within_kl=fits,
         cosine_mean=sum(cosines) / len(cosines) if cosines else None,
         cosine_least=min(cosines, default=None),

@@ -115,6 +115,13 @@ def test_abliteration(attacked: Metrics) -> None:
         "The direction is from audited prompts themselves, so the rate may be high for them. No direction kept the KL "
         "divergence at or under 0.1 nats."
     )
+    attacked["abliteration"].update(within_kl=True, refusal_after=0.8, harmful_prompts="builtin")
+    table = attack_tables.abliteration_table(attacked)
+    assert table is not None
+    assert table.note == (
+        "Held to 0.1 nats, taking out one direction leaves most refusals, so that this is no floor; an attacker need "
+        "not hold to it (--ablation-kl)."
+    )
     attacked["abliteration"].update(plain=None, ablated={"rate": None, "numerator": 0, "denominator": 0})
     facts = dict(attack_tables.abliteration_table(attacked).rows)  # type: ignore[union-attr]
     assert facts["ASR, weights as they are"] is None

@@ -19,7 +19,7 @@ from deepalign.progress import Progress, silent
 from deepalign.prompts import builtin_prompts
 from deepalign.prompts.sources import standing_in
 from deepalign.records import Attempt, Prompt, Site
-from deepalign.refusal_direction import Direction, select_direction
+from deepalign.refusal_direction import MAX_KL, Direction, select_direction
 from deepalign.runs import RunFolder
 from deepalign.workflows.steps import complete
 
@@ -38,6 +38,7 @@ def find_direction(
     own: Sequence[Sequence[int]],
     system_prompt: str | None,
     seed: int,
+    max_kl: float = MAX_KL,
     site: Site = "content",
     progress: Progress = silent,
 ) -> tuple[Direction, dict[str, Any]]:
@@ -51,6 +52,7 @@ def find_direction(
         own: The model's own refusal openings, as `workflows.onset.own_openings` gives them.
         system_prompt: None for no system message.
         seed: Of the split into prompts that are averaged and held out.
+        max_kl: Most nats by which the ablation may move harmless prompts; infinite for no limit.
         site: Where the answer, and a refusal, begins; "content" is past a reasoning model's thoughts.
         progress: Told of the candidates tried.
 
@@ -81,6 +83,7 @@ def find_direction(
         (rendered(bad_held), rendered(good_held)),
         Openings.of(lambda text: answer_ids(loaded.tokenizer, text), [tuple(path) for path in own]),
         vocab_size=loaded.vocab_size,
+        max_kl=max_kl,
         progress=progress,
     )
     facts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from deepalign.attacks.rap import ATTACK as RAP
@@ -87,7 +88,12 @@ def _complete(
             return
         target = models.get("target")
         direction, facts = find_direction(
-            target, prompts, own=run.manifest["onset_openings"], system_prompt=config.system_prompt, seed=config.seed
+            target,
+            prompts,
+            own=run.manifest["onset_openings"],
+            system_prompt=config.system_prompt,
+            seed=config.seed,
+            max_kl=config.ablation_kl or math.inf,
         )
         run.note(abliteration=facts)
         complete_ablated(run, target, attempts, direction, max_batch=config.max_batch, progress=progress)
