@@ -12,6 +12,7 @@ from deepalign.endpoints.cache import ReplyCache
 from deepalign.endpoints.client import Client, ServersGoneError
 from deepalign.endpoints.servers import Server
 from deepalign.errors import UserError
+from deepalign.judges import get_judge
 from deepalign.judges.endpoint_spec import rubric_judge, strongreject_judge
 from deepalign.judges.rubric import RubricJudge, RubricSampling, fill, policy_rubric, strongreject_rubric
 from deepalign.records import JudgeInput
@@ -277,6 +278,12 @@ def test_specs_that_cannot_be(monkeypatch: pytest.MonkeyPatch, rest: str, told: 
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(UserError, match=told) as refused:
         rubric_judge(rest)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_misspelt_judge_is_told_without_its_address() -> None:
+    with pytest.raises(UserError, match="unknown judge 'rubrik'") as refused:
+        get_judge("rubrik:m@http://user:hunter2@h/v1")
     assert "hunter2" not in str(refused.value)
 
 

@@ -123,8 +123,11 @@ def get_judge(name: str) -> Judge:
     forms = list(known_judges())
     known = f"known judges: {', '.join(forms)}"
     own = [form for form in forms if form.startswith(f"{prefix}:")]
-    close = own or difflib.get_close_matches(name, forms[:-1], n=2)
+    close = own or difflib.get_close_matches(prefix if "://" in rest else name, forms[:-1], n=2)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    if "://" in rest:
+        # The address is not repeated: it may hold a password.
+        raise UserError(f"unknown judge {prefix!r}{hint} ({known})")
     if not (colon and prefix and rest):
         raise UserError(f"unknown judge {name!r}{hint} ({known})")
     try:
