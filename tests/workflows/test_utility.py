@@ -16,6 +16,7 @@ from deepalign.report.page import render_page
 from deepalign.utility import harness
 from deepalign.utility.harness import Tasks
 from deepalign.utility.scores import FinishedTask
+from deepalign.utility.tasks.functions import score_code
 from deepalign.workflows import utility as workflow
 
 GROUP = """group: pair
@@ -247,6 +248,19 @@ def test_rows_that_do_not_fit_are_told_by_number(settings: dict[str, Any], folde
         run(settings, **one, num_fewshot=2)
     with pytest.raises(UserError, match="is one file, but pair has 2 tasks"):
         run(settings, task_data=(f"pair={file}",))
+
+
+def test_code_is_run_with_consent_alone(settings: dict[str, Any], folder: Path) -> None:
+    row = {"prompt": "def one():\n", "test": "def check(f):\n    assert f() == 1", "entry_point": "one"}
+    file = folder / "code.jsonl"
+    file.write_text(json.dumps({"task_id": "x/0", **row}) + "\n", encoding="utf-8")
+    code = {"tasks": ("humaneval",), "task_data": (f"humaneval={file}",)}
+    with pytest.raises(UserError, match="humaneval runs code that the model wrote; allow it with --run-code"):
+        run(settings, **code)
+    (found,) = run(settings, **code, run_code=True).metrics["utility"]["tasks"]
+    assert (found["metric"], found["score"]["numerator"], found["score"]["denominator"]) == ("passed", 0, 1)
+    assert score_code(row, ["    return 1\n```\nThat is it."])["passed"] == 1.0
+    assert score_code(row, ["    return 2"])["passed"] == 0.0
 
 
 def test_a_missing_harness_names_the_command(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

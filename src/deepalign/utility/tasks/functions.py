@@ -16,6 +16,7 @@ from deepalign.tuning_sets.public import load_tuning_set
 from deepalign.tuning_sets.rows import TaskItem, TuningSet
 from deepalign.tuning_sets.scores import score
 from deepalign.tuning_sets.tasks import benign_set
+from deepalign.utility.code_runner import run_code
 from deepalign.utility.instructions import instruction_items, kept
 
 Rows = dict[str, Dataset]
@@ -74,6 +75,13 @@ def score_instructions(doc: Mapping[str, Any], results: Sequence[str]) -> dict[s
         "kept": sum(found) / len(found),
         "no_answer": float(not results[0].strip()),
     }
+
+
+def score_code(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Whether the completed function passes its tests, in a process with limits."""
+    body = results[0].split("```")[0]
+    program = f"{doc['prompt']}{body}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
+    return {"passed": float(not run_code(program)), "no_answer": float(not body.strip())}
 
 
 def _scored_by(metric: str) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]]:
