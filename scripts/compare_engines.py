@@ -16,7 +16,6 @@ import contextlib
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,11 +114,9 @@ def jobs_of(loaded: LoadedModel, limit: int, depths: list[int], max_new_tokens: 
     ]
 
 
-def completed(engine: Engine, jobs: list[Job], stops: tuple[int, ...]) -> tuple[list[Continuation], float]:
-    """Continuations in the order of their jobs, and the seconds that they took."""
-    started = time.monotonic()
-    made = sorted(engine.complete(jobs, stop_ids=stops), key=lambda one: one.index)
-    return made, time.monotonic() - started
+def completed(engine: Engine, jobs: list[Job], stops: tuple[int, ...]) -> list[Continuation]:
+    """Continuations in the order of their jobs."""
+    return sorted(engine.complete(jobs, stop_ids=stops), key=lambda one: one.index)
 
 
 def compare(ours: list[Continuation], theirs: list[Continuation]) -> dict[str, Any]:
@@ -236,25 +233,25 @@ def main() -> None:
     loaded = load_model(options.model, dtype="float32")
     jobs = jobs_of(loaded, options.limit, options.depths, options.max_new_tokens)
     stops = stop_ids(loaded.tokenizer, loaded.generation_config)
-    ours, seconds = completed(HfEngine(loaded.model, logprobs=True), jobs, stops)
+    ours = completed(HfEngine(loaded.model, logprobs=True), jobs, stops)
     found: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
     found |= {
         "model": options.model,
         "settings": {key: value for key, value in vars(options).items() if key not in ("output", "server", "document")},
         "environment": environment(),
-        "hf": {"seconds": round(seconds, 2), "tokens": sum(len(one.token_ids) for one in ours)},
+        "hf_tokens": sum(len(one.token_ids) for one in ours),
     }
     servers = found.setdefault("servers", {})
     rounded = load_model(options.model, dtype="bfloat16")
-    theirs, seconds = completed(HfEngine(rounded.model, logprobs=True), jobs, stops)
-    servers["hf in bfloat16"] = {**compare(ours, theirs), "seconds": round(seconds, 2)}
+    theirs = completed(HfEngine(rounded.model, logprobs=True), jobs, stops)
+    servers["hf in bfloat16"] = compare(ours, theirs)
     del rounded
     with engines(options, loaded) as each:
         for name, engine in each:
-            theirs, seconds = completed(engine, jobs, stops)
+            theirs = completed(engine, jobs, stops)
             (trial,) = engine.facts["servers"]
             told = {key: trial[key] for key in ("way", "read_ids", "written_ids", "prefill", "tokenizer", "seeds")}
-            servers[name] = {**compare(ours, theirs), "seconds": round(seconds, 2), "trial": told}
+            servers[name] = {**compare(ours, theirs), "trial": told}
             print(name, json.dumps(servers[name], indent=1))
             options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
