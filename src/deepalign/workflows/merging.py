@@ -257,7 +257,11 @@ def _make_ready(run: RunFolder, judges: Sequence[Judge], settings: dict[str, Any
 def _engine(parts: Sequence[Part]) -> dict[str, Any]:
     """The trial of the servers, with those of all shards."""
     servers = {server["url"]: server for part in parts for server in _servers(part)}
-    return {"engine": {**parts[0].manifest["engine"], "servers": list(servers.values())}} if servers else {}
+    if not servers:
+        return {}
+    asked = [part.manifest["engine"] for part in parts if _servers(part)]
+    told = "; ".join(dict.fromkeys(engine["told"] for engine in asked))
+    return {"engine": {**asked[0], "told": told, "servers": list(servers.values())}}
 
 
 def _environment(parts: Sequence[Part]) -> dict[str, Any]:
