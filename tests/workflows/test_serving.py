@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import deepalign
-from deepalign import AuditConfig, UserError
+from deepalign import AuditConfig, MergeConfig, UserError
 from deepalign.endpoints import routing
 from deepalign.endpoints.client import Client
 from deepalign.models import LoadedModel, load_model
@@ -254,3 +254,21 @@ def test_mistakes_get_one_line(
         assert "does not go on after an assistant's message" in told(f"openai:{chat.url}")
     skipped = told("openai:http://127.0.0.1:9/v1", "--white-box", "skip", "--probes", "onset", "ranks")
     assert skipped.startswith("--probes onset ranks cannot run: onset needs weights")
+
+
+def test_shards_on_servers_merge_into_the_whole(
+    greedy: dict[str, Any], target: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shard at an address of its own; where a server was does not keep shards apart."""
+    monkeypatch.setattr(held, "load_model", no_weights)
+    greedy = {**greedy, "probes": ("prefill",), "depths": (0, 5), "max_new_tokens": 4}
+    for shard in ("1/2", "2/2"):
+        with endpoint(target) as one:
+            changes = {"engine": f"openai:{one.url}", "shard": shard, "output": tmp_path / "run"}
+            deepalign.audit(AuditConfig(**{**greedy, **changes}))
+    shards = tuple(sorted(tmp_path.glob("run-shard-*")))
+    merged = deepalign.merge_shards(MergeConfig(shards=shards, output=tmp_path / "run"))
+    with endpoint(target) as one:
+        whole = deepalign.audit(AuditConfig(**greedy, engine=f"openai:{one.url}", output=tmp_path / "whole"))
+    assert completions(merged.run) == completions(whole.run)
+    assert merged.metrics["prefill"] == whole.metrics["prefill"]
