@@ -76,6 +76,9 @@ class SuffixConfig:
     replace_steps: Whole = 0
     """Steps over which these fall to one; 0 keeps them."""
 
+    draft: str | None = None
+    """Smaller model that reads all candidates first, so that the model reads few of them (arXiv 2403.01251)."""
+
     merge: Whole = 0
     """So many of a step's best candidates are also tried together (arXiv 2405.21018)."""
 

@@ -13,6 +13,7 @@ import torch
 from deepalign.chat import ChatTemplate, conversation, render
 from deepalign.errors import UserError
 from deepalign.suffix import search as search_module
+from deepalign.suffix.beginning import initial_suffix
 from deepalign.suffix.behaviours import Behaviour, Ids
 from deepalign.suffix.panel import Panel
 from deepalign.suffix.search import SearchSettings, SearchState, search
@@ -228,7 +229,7 @@ def test_candidates_chosen_by_a_few_behaviours_are_told_by_all(
 def test_several_behaviours_weigh_alike_in_the_gradient(
     tiny_llama: Callable[..., Any], tiny_tokenizer: Any, behaviours: list[Behaviour]
 ) -> None:
-    suffix = search_module._initial(tiny_tokenizer, behaviours, SearchSettings(suffix_tokens=6))
+    suffix = initial_suffix(tiny_tokenizer, behaviours, SearchSettings(suffix_tokens=6))
     panel = Panel(tiny_llama(), behaviours, SearchSettings(), suffix)
     alone = [panel.gradient([number], suffix) for number in range(3)]
     expected = sum(one / one.norm(dim=-1, keepdim=True) for one in alone)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,14 @@ class Seen:
         if digest not in self._known:
             self._known.add(digest)
             self._order += digest
+
+    def forget(self, suffixes: Iterable[Ids], *, since: int) -> None:
+        """Take no note of suffixes after all, of those that came after the first `since`."""
+        gone = {_digest(ids) for ids in suffixes}
+        start = since * _DIGEST_BYTES
+        tail = [bytes(self._order[at : at + _DIGEST_BYTES]) for at in range(start, len(self._order), _DIGEST_BYTES)]
+        self._order[start:] = b"".join(digest for digest in tail if digest not in gone)
+        self._known.difference_update(gone.intersection(tail))
 
     @property
     def packed(self) -> bytes:

@@ -8,9 +8,6 @@ end. Knows nothing of judges or of generation.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +18,9 @@ from torch import Tensor
 from deepalign.errors import UserError
 from deepalign.generation import evaluation_mode
 from deepalign.progress import Progress, silent
-from deepalign.suffix.behaviours import Behaviour, Ids, initial_ids, suffix_ids, suffix_text, survivors
+from deepalign.suffix.beginning import initial_suffix, search_key
+from deepalign.suffix.behaviours import Behaviour, Ids, suffix_text, survivors
+from deepalign.suffix.drafting import Draft, probes, texts_of, worth_reading
 from deepalign.suffix.losses import Readings
 from deepalign.suffix.panel import Panel, joined
 from deepalign.suffix.proposals import allowed_tokens, draws, merged, step_generator
@@ -45,6 +44,7 @@ def search(
     state: SearchState | None = None,
     on_step: OnStep | None = None,
     confirm: Confirm | None = None,
+    draft: Draft | None = None,
     progress: Progress = silent,
 ) -> SearchResult:
     """Search for one suffix that brings about every behaviour's target.
@@ -58,6 +58,7 @@ def search(
         on_step: Called with the state after each step; the same object each time.
         confirm: Whether a suffix's text does what it is to do, by generation. Asked once for each suffix with which
             greedy decoding gives every target; until it agrees the search goes on.
+        draft: A smaller model that reads all candidates first, so that the model reads few (probe sampling).
         progress: Told of each step.
 
     Raises:
@@ -68,7 +69,7 @@ def search(
     if not behaviours:
         raise UserError("there are 0 behaviours to search a suffix for; give one or more")
     with evaluation_mode(model):
-        running = _Search(model, tokenizer, tuple(behaviours), settings, confirm)
+        running = _Search(model, tokenizer, tuple(behaviours), settings, confirm, draft)
         state = running.begin(state)
         progress("suffix", state.step, settings.steps)
         while not state.stopped and state.step < settings.steps:
@@ -87,10 +88,11 @@ class _Search:
         behaviours: tuple[Behaviour, ...],
         settings: SearchSettings,
         confirm: Confirm | None,
+        draft: Draft | None,
     ) -> None:
-        self._tokenizer, self._confirm = tokenizer, confirm
+        self._tokenizer, self._confirm, self._draft = tokenizer, confirm, draft
         self._settings, self._behaviours = settings, behaviours
-        self._initial = _initial(tokenizer, behaviours, settings)
+        self._initial = initial_suffix(tokenizer, behaviours, settings)
         self._panel = Panel(model, behaviours, settings, self._initial)
         self._allowed_V = allowed_tokens(
             tokenizer, int(model.get_input_embeddings().weight.shape[0]), allow_non_ascii=settings.allow_non_ascii
@@ -102,7 +104,7 @@ class _Search:
 
     def begin(self, state: SearchState | None) -> SearchState:
         """Go on from a state, or make the first."""
-        key = _key(self._behaviours, self._settings, self._initial)
+        key = search_key(self._behaviours, self._settings, self._initial, self._draft)
         if state is not None:
             if state.key != key:
                 raise UserError(
@@ -135,6 +137,7 @@ class _Search:
         chosen = everyone
         if few is not None and few < state.active:
             chosen = sorted(torch.randperm(state.active, generator=generator)[:few].tolist())
+        known = len(state.seen)
         candidates = self._candidates(self._scores(chosen), generator)
         state.step += 1
         if not candidates:
@@ -144,7 +147,10 @@ class _Search:
                 state.stopped = "no candidates"
             return
         state.barren = 0
-        found = self._panel.read(chosen, candidates, state.suffix, screen=True)
+        if self._draft is None:
+            found = self._panel.read(chosen, candidates, state.suffix, screen=True)
+        else:
+            candidates, found = self._drafted(self._draft, chosen, candidates, known, generator)
         if settings.merge > 1:
             order = found.losses_N.argsort(stable=True)[: settings.merge].tolist()
             together = self._new(merged(state.suffix, [candidates[index] for index in order]))
@@ -158,6 +164,24 @@ class _Search:
             candidates = [candidates[index] for index in order]
             found = self._panel.read(everyone, candidates, state.suffix)
         self._take(candidates, found)
+
+    def _drafted(
+        self, draft: Draft, chosen: Sequence[int], candidates: list[Ids], known: int, generator: torch.Generator
+    ) -> tuple[list[Ids], Readings]:
+        """Those candidates that the model reads, and what it reads; the rest may be proposed again."""
+        state = self._state
+        *texts, near = texts_of(self._tokenizer, self._behaviours[0], [*candidates, state.suffix])
+        places = probes(len(candidates), generator)
+        first = self._panel.read(chosen, [candidates[place] for place in places], state.suffix, screen=True)
+        losses = draft.losses(chosen, texts, near, self._settings)
+        more = worth_reading(places, first.losses_N.tolist(), losses)
+        read = [candidates[place] for place in (*places, *more)]
+        state.drafted += len(candidates) - len(read)
+        state.seen.forget(set(candidates) - set(read), since=known)
+        if not more:
+            return read, first
+        rest = self._panel.read(chosen, read[len(places) :], state.suffix, screen=True)
+        return read, joined(first, rest)
 
     def _scores(self, chosen: Sequence[int]) -> Tensor:
         """Scores of tokens, [L, V], from the gradient, and from that of the steps before."""
@@ -266,25 +290,7 @@ class _Search:
             drifted=state.drifted,
             repeated=state.repeated,
             unread=state.unread,
+            drafted=state.drafted,
             denied=len(state.denied),
             stopped=state.stopped or "steps",
         )
-
-
-def _initial(tokenizer: Any, behaviours: Sequence[Behaviour], settings: SearchSettings) -> Ids:
-    if settings.initial is None:
-        return initial_ids(tokenizer, behaviours, settings.suffix_tokens)
-    found = suffix_ids(tokenizer, behaviours, settings.initial)
-    if found is None:
-        raise UserError(
-            f"the initial suffix {settings.initial!r} does not come back unchanged from its tokens; give another"
-        )
-    return found
-
-
-def _key(behaviours: Sequence[Behaviour], settings: SearchSettings, initial: Ids) -> str:
-    """16 hex digits of all that decides a search's course but its length."""
-    plain = dataclasses.asdict(settings)
-    del plain["steps"]
-    rows = [(at.prompt_id, at.before_ids, at.after_ids, at.target_ids) for at in behaviours]
-    return hashlib.sha256(json.dumps([plain, rows, initial]).encode()).hexdigest()[:16]

@@ -47,6 +47,8 @@ class SearchState:
     """Candidates that were drawn again, and not read again."""
     unread: int = 0
     """Candidates to which the model gave no finite loss, or memory no room."""
+    drafted: int = 0
+    """Candidates that only a draft model read."""
     barren: int = 0
     """Steps in a row that had no candidate."""
     denied: list[Ids] = field(default_factory=list)
@@ -120,6 +122,7 @@ class SearchResult:
     drifted: int
     repeated: int
     unread: int
+    drafted: int
     denied: int
     """Suffixes that reached every target and were not confirmed."""
     stopped: Stop

@@ -14,21 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepalign.attacks.suffix import FILE, Suffix, with_suffix
-from deepalign.chat import answer_ids, conversation, render, stop_ids
+from deepalign.attacks.suffix import FILE, Suffix
+from deepalign.chat import answer_ids
 from deepalign.config import AuditConfig, settings_of
 from deepalign.config_suffix import SuffixConfig
 from deepalign.errors import UserError
-from deepalign.generation import Job, generate
 from deepalign.models import LoadedModel, load_model
 from deepalign.progress import Progress, silent
 from deepalign.prompts.sources import Columns, PromptSet, load_prompts
-from deepalign.records import Prompt, Sampling
+from deepalign.records import Prompt
 from deepalign.runs import RunFolder, named_folder
 from deepalign.suffix.behaviours import Behaviour, behaviour
+from deepalign.suffix.drafting import Draft
 from deepalign.suffix.search import SearchResult, SearchSettings, SearchState, search
 from deepalign.workflows.answers import fill_answers
 from deepalign.workflows.models import model_card
+from deepalign.workflows.suffix_models import draft_model, draft_of, in_drafts_ids, says_targets
 
 SEARCH = "suffix-search"
 _SAVED_EVERY = 10.0
@@ -103,7 +104,10 @@ def search_all(
     """Every search of a configuration, those that are missing; each is saved as it goes and written when it ends."""
     with run.writing():
         binding = settings_of(config, _BINDING)
+        small = draft_model(config, loaded)
         identity = {"prompt_hash": found.hash, "model_fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
+        if small is not None:
+            identity["draft_fingerprint"] = small.fingerprint
         facts = {
             "command": "suffix",
             "models": {"target": model_card(loaded)},
@@ -113,17 +117,19 @@ def search_all(
         logger.info("run folder %s", run.path)
         prompts = _with_targets(run, config, found.prompts, progress)
         behaviours = [_behaviour(loaded, config, prompt) for prompt in prompts]
+        drafted = [in_drafts_ids(small, config, one) for one in behaviours] if small is not None else []
         done = {(one.name, one.prompt): one for one in run.records(FILE, Suffix) if _whole(one, config)}
         made = []
         for number in range(config.runs):
             groups = [[one] for one in behaviours] if config.per_prompt else [behaviours]
             for index, group in enumerate(groups):
+                draft = draft_of(small, [drafted[index]] if config.per_prompt else drafted)
                 name = f"{'per-prompt' if config.per_prompt else 'universal'}-s{config.seed + number}"
                 prompt = group[0].text if config.per_prompt else ""
                 known = done.get((name, prompt))
                 if known is None:
                     state = f"state-{name}{f'-{index}' if config.per_prompt else ''}.json"
-                    known = _searched(run, config, loaded, group, name, state, config.seed + number, progress)
+                    known = _searched(run, config, loaded, group, name, state, config.seed + number, draft, progress)
                     done[name, prompt] = known
                     run.write_records(FILE, done.values())
                 made.append(known)
@@ -186,6 +192,7 @@ def _searched(
     name: str,
     state_file: str,
     seed: int,
+    draft: Draft | None,
     progress: Progress,
 ) -> Suffix:
     saved = time.monotonic()
@@ -203,7 +210,8 @@ def _searched(
         _settings(config, seed),
         state=_state(run, state_file),
         on_step=save,
-        confirm=lambda text: _says_targets(config, loaded, behaviours, text),
+        confirm=lambda text: says_targets(config, loaded, behaviours, text),
+        draft=draft,
         progress=progress,
     )
     if not result.comes_back:
@@ -241,26 +249,6 @@ def _state(run: RunFolder, name: str) -> SearchState | None:
         return SearchState.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, UserError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it, and that search begins anew") from error
-
-
-def _says_targets(config: SuffixConfig, loaded: LoadedModel, behaviours: Sequence[Behaviour], text: str) -> bool:
-    """Whether the model, given prompts and suffix as text, answers greedily with every target."""
-    greedy = Sampling(temperature=0.0, max_new_tokens=config.confirm_tokens)
-    asked = [conversation(with_suffix(one.text, text), one.system_prompt) for one in behaviours]
-    rendered = [render(loaded.tokenizer, loaded.template, messages) for messages in asked]
-    jobs = [Job(ids=one.ids, sampling=greedy, seed=0) for one in rendered]
-    stops = stop_ids(loaded.tokenizer, loaded.model.generation_config)
-    answers = {made.index: made.token_ids for made in generate(loaded.model, jobs, stop_ids=stops)}
-    return all(
-        loaded.tokenizer.decode(list(answers[index])).lstrip().startswith(one.target.strip()[: _confirmed(one, config)])
-        for index, one in enumerate(behaviours)
-    )
-
-
-def _confirmed(one: Behaviour, config: SuffixConfig) -> int:
-    """Characters of a target that so few generated tokens can hold."""
-    share = min(1.0, config.confirm_tokens / len(one.target_ids))
-    return int(len(one.target.strip()) * share)
 
 
 def _record(
