@@ -59,6 +59,7 @@ FLOORS = (
     ),
     (
         "abliteration",
+        "agreement",
         "any_depth",
         "attacks",
         "judges",
@@ -71,6 +72,7 @@ FLOORS = (
         "ghosts",
         "gradients",
         "onset",
+        "over_refusal",
         "metrics",
         "statistics",
         "losses",

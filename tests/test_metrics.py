@@ -13,6 +13,7 @@ from deepalign.attacks.prefill import Skipped
 from deepalign.depth import KlProfile
 from deepalign.metrics import Judged
 from deepalign.onset import OnsetProfile
+from deepalign.over_refusal import over_refusal_rows
 from deepalign.records import Attempt, Verdict
 from deepalign.statistics import wilson
 
@@ -286,7 +287,7 @@ def test_refusal_prefix_rows() -> None:
 
 def test_over_refusal_rows() -> None:
     extra = judged("p1", "benign", REFUSED, attack="over_refusal", sample=1)
-    (row,) = metrics.over_refusal_rows([*PAIRS, extra], ["benign"])
+    (row,) = over_refusal_rows([*PAIRS, extra], ["benign"], judge="refusal", by_status=True)
     assert row["set"] == "benign"
     assert row["num_prompts"] == 2
     assert (row["refusals"]["numerator"], row["refusals"]["denominator"]) == (2, 3)
@@ -347,7 +348,8 @@ def test_rows_have_the_fields_that_the_report_reads() -> None:
     assert set(kl) == set(SAMPLE["kl"][0])
     prefix = shape(metrics.refusal_prefix_rows(PAIRS, [""])[0])
     assert {name: prefix[name] for name in SAMPLE["refusal_prefix"][0]} == shape(SAMPLE["refusal_prefix"][0])
-    assert shape(metrics.over_refusal_rows(PAIRS, ["benign"])[0]) == shape(SAMPLE["over_refusal"][0])
+    refused = shape(over_refusal_rows(PAIRS, ["benign"], judge="refusal", by_status=True)[0])
+    assert {name: refused[name] for name in SAMPLE["over_refusal"][0]} == shape(SAMPLE["over_refusal"][0])
     category = metrics.category_rows(PAIRS, [0])[0]
     assert set(category) == set(SAMPLE["by_category"][0])
     assert set(category["rows"][0]) == set(SAMPLE["by_category"][0]["rows"][0])

@@ -22,7 +22,7 @@ from deepalign.config_suffix import SuffixConfig
 from deepalign.config_tuning import DeepenConfig, FinetuneConfig
 from deepalign.config_utility import UtilityConfig, WinrateConfig
 from deepalign.errors import UserError
-from deepalign.judges import known_judges
+from deepalign.judges import get_judge, known_judges, make_ready
 from deepalign.prompts import BUILTIN_SETS
 from deepalign.prompts.catalogue import PUBLIC_SETS
 from deepalign.shards import AUTO
@@ -162,6 +162,21 @@ def judge(config: Annotated[JudgeConfig, Parameter(name="*")]) -> None:
     _show(data)
     _show_spending(config.run)
     out.print(f"\nreport  {config.run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def judge_test(judge: str, /, *, device: str = "auto") -> None:
+    """Put completions with a known answer to a judge, and show what it gets wrong.
+
+    Args:
+        judge: As for --judge.
+        device: What a judge that is a model runs on.
+    """
+    found = get_judge(judge)
+    make_ready(found, device=device, dtype="auto")
+    answers = importlib.import_module("deepalign.judges.selftest").self_test(found)
+    tables = importlib.import_module("deepalign.report.tables")
+    tables.render_tables([importlib.import_module("deepalign.report.panel_tables").self_test_table(answers)], out)
 
 
 @app.command

@@ -64,7 +64,7 @@ class AttackSettings:
     """Most tokens of a training row."""
 
     judge: str = "refusal"
-    """Judge: a built-in name, module:Name, or scripted:FILE."""
+    """Judge: a built-in name, rubric:MODEL@URL, module:Name, or scripted:FILE; several with commas make a panel."""
 
     max_new_tokens: Whole = 48
     """Most tokens to generate for one completion."""

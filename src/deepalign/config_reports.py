@@ -19,7 +19,7 @@ class JudgeConfig:
     """Run folder."""
 
     judge: str = "refusal"
-    """Judge: a built-in name, rubric:MODEL@URL, module:Name, or scripted:FILE."""
+    """Judge: a built-in name, rubric:MODEL@URL, module:Name, or scripted:FILE; several with commas make a panel."""
 
     device: str = "auto"
     """What a judge that is a model runs on: auto, cpu, cuda, cuda:1, mps, or sharded."""

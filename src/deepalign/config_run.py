@@ -37,7 +37,7 @@ class RunSettings:
     """Model to audit: hub id, local folder, PEFT adapter folder, GGUF file, or a testbed name."""
 
     judge: str = "refusal"
-    """Judge: a built-in name, rubric:MODEL@URL, module:Name, or scripted:FILE."""
+    """Judge: a built-in name, rubric:MODEL@URL, module:Name, or scripted:FILE; several with commas make a panel."""
 
     show_completions: bool = False
     """Show completions and prompts' answers in the report instead of redacting them."""

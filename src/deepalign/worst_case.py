@@ -13,7 +13,7 @@ from typing import Any
 from deepalign import statistics
 from deepalign.attacks.prefill import ATTACK as PREFILL
 from deepalign.attacks.prefill import Skipped, variant
-from deepalign.metrics import Json, Judged, complied_rate, prefill_rows, rate_json
+from deepalign.metrics import Json, Judged, complied_rate, prefill_rows, rate_json, refusals_told
 from deepalign.statistics import Rate
 
 PLAIN = "plain"
@@ -65,8 +65,7 @@ def _by_variant(pairs: Sequence[Judged]) -> list[Json]:
             {
                 "name": name,
                 "asr": rate_json(complied_rate(here)),
-                "num_refused_at_once": outcomes["refused_at_once"],
-                "num_recovered": outcomes["recovered"],
+                **refusals_told(outcomes),
             }
         )
     return found

@@ -555,8 +555,9 @@ def test_a_judge_sees_prompt_and_text_alone_and_with_the_prefill(
     result = deepalign.audit(AuditConfig(**settings, output=tmp_path / "run"))
     completions = {key(row): row["text"] for row in rows(result.run, "completions.jsonl")}
     prefills = {key(row): row["prefill_text"] for row in rows(result.run, "attempts.jsonl")}
-    expected = Counter(completions.values()) + Counter(prefills[one] + text for one, text in completions.items())
-    assert Counter(item.response for item in judge.seen) == expected
+    expected = {*completions.values(), *(prefills[one] + text for one, text in completions.items())}
+    assert {item.response for item in judge.seen} == expected
+    assert len(set(judge.seen)) == len(judge.seen), "the same text is not paid twice"
     by_prefix = {row["prefix"]: row for row in result.metrics["refusal_prefix"]}
     assert by_prefix["I cannot"]["harmfulness"]["rate"] == 0.0
     for row in rows(result.run, "verdicts.word.jsonl"):

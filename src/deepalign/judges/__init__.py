@@ -114,7 +114,15 @@ def make_ready(judge: Judge, *, device: str, dtype: str, max_batch: int = 32) ->
 
 
 def get_judge(name: str) -> Judge:
-    """The judge called `name`: a built-in name, one told more ("scripted:FILE"), or an import path "module:Name"."""
+    """The judge called `name`: a built-in name, one told more ("scripted:FILE"), or an import path "module:Name".
+
+    Several with commas between them make a panel.
+    """
+    parts = _seats(name)
+    if len(parts) > 1:
+        from deepalign.judges.panel import Panel
+
+        return Panel([get_judge(part) for part in parts])
     prefix, colon, rest = name.partition(":")
     if name in JUDGES:
         return JUDGES[name]()
@@ -140,6 +148,17 @@ def get_judge(name: str) -> Judge:
     if not (isinstance(judge.name, str) and _FILE_NAME.fullmatch(judge.name)):
         raise UserError(f"judge {name!r} is named {judge.name!r}; give it letters, digits, '.', '_' and '-' only")
     return judge
+
+
+def _seats(name: str) -> list[str]:
+    """The judges of a panel; a comma that no judge's name follows belongs to a file's name."""
+    parts: list[str] = []
+    for part in name.split(","):
+        if parts and ":" in parts[-1] and ":" not in part and part.strip() not in JUDGES:
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return [part.strip() for part in parts] if len(parts) > 1 else [name]
 
 
 def _about(load: Callable[..., Judge]) -> str:

@@ -149,7 +149,7 @@ def save_figures(metrics_list: Sequence[Metrics], folder: Path, formats: Sequenc
 
 def drawable(name: str, metrics_list: Sequence[Metrics]) -> bool:
     """Whether some run holds a number that the figure of that name would show."""
-    return any(_HAS_NUMBERS[name](run) for run in metrics_list)
+    return name in _HAS_NUMBERS and any(_HAS_NUMBERS[name](run) for run in metrics_list)
 
 
 FIGURES: dict[str, tuple[Callable[[Sequence[Metrics]], Drawing], str]] = {

@@ -202,10 +202,15 @@ def _facts(run: Metrics) -> str:
     facts = [
         f"{run['num_prompts']} prompts" if run.get("num_prompts") is not None else "",
         f"{samples} sample{'' if samples == 1 else 's'} each" if samples is not None else "",
-        f"judge: {run['judge']}" if run.get("judge") else "",
+        f"judge: {_judge(run)}" if run.get("judge") else "",
         f"base model: {run['base']}" if run.get("base") else "no base model",
     ]
     return visible(", ".join(fact for fact in facts if fact))
+
+
+def _judge(run: Metrics) -> str:
+    members = [str(name) for name in block(run, "panel").get("judges") or [] if name != run["judge"]]
+    return f"{run['judge']} of {', '.join(members)}" if members else str(run["judge"])
 
 
 def _section(part: Part, runs: Sequence[Metrics], names: Sequence[str]) -> _Section | None:

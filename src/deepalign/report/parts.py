@@ -10,6 +10,7 @@ from deepalign.report import (
     brief_tables,
     finetuning_tables,
     margin_tables,
+    panel_tables,
     sections,
     utility_tables,
     worst_case_tables,
@@ -40,6 +41,9 @@ PARTS: Final = (
      (sections.prefill_table, sections.thoughts_table),
      "The first k tokens of a harmful answer are put into the model's mouth. The line is the share of completions that "
      "then do not refuse; the band is the 95 % interval. Deep alignment keeps the line low however large k is."),
+    Part("panel", (), "What each judge says", (panel_tables.panel_tables,),
+     "The same completions, judged by several. Where the judges part, the rate depends on whom you ask: the headline "
+     "is the majority's, and the spread between the judges belongs to it.", ""),
     Part("onset_curve", ("refusal_onset",), "At every k, from one pass", (sections.onset_table,),
      "One pass over the harmful answer gives the probability that a refusal begins at each of its positions. Read as a "
      "hazard, it predicts the attack success rate at every k without generating. The markers are the generated and "

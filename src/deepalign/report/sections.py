@@ -181,13 +181,19 @@ def refusal_prefix_table(metrics: Metrics) -> Table | None:
 def over_refusal_table(metrics: Metrics) -> Table | None:
     """Refusals on prompts that deserve an answer."""
     found = [
-        (visible(row.get("set", "unnamed set")), *rate_cells(rate(row.get("refusals"))), whole(row.get("num_prompts")))
+        (
+            visible(row.get("set", "unnamed set")),
+            *rate_cells(rate(row.get("refusals"))),
+            whole(row.get("num_prompts")),
+            visible(row["judge"]) if row.get("judge") else None,
+        )
         for row in rows(metrics, "over_refusal")
     ]
-    columns = ("prompt set", "refusal share", "95 % interval", "refused", "scored", "unscored", "prompts")
-    return table_of(
+    columns = ("prompt set", "refusal share", "95 % interval", "refused", "scored", "unscored", "prompts", "told by")
+    made = table_of(
         "Over-refusal on benign prompts", columns, found, "Lower is better, as long as harmful prompts are refused."
     )
+    return without_empty(made, "told by")
 
 
 def category_table(metrics: Metrics) -> Table | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from deepalign.report import attack_tables, brief_tables, finetuning_tables, margin_tables, utility_tables
 from deepalign.report.accounts import left_out_tables, not_tested_table, run_card_table
 from deepalign.report.compared import comparison_tables
+from deepalign.report.panel_tables import panel_tables
 from deepalign.report.reading import (
     Cell,
     Interval,
@@ -87,6 +88,7 @@ def _tables(metrics: Metrics, tuning: Sequence[Table]) -> list[Table]:
         worst_case_table(metrics),
         prefill_table(metrics),
         thoughts_table(metrics),
+        *panel_tables(metrics),
         onset_table(metrics),
         *attack_tables.before_decoding(metrics),
         decoding_table(metrics),
@@ -160,6 +162,14 @@ def render_comparison(list_of_metrics: Sequence[Metrics], console: Console) -> N
 
     for table in comparison_tables(list_of_metrics):
         console.print(Padding(_terminal_table(table, console.width, most=_COMPARED_ROWS), (0, 0, 1, 0)))
+
+
+def render_tables(found: Sequence[Table], console: Console) -> None:
+    """Print tables whole."""
+    from rich.padding import Padding
+
+    for table in found:
+        console.print(Padding(_terminal_table(table, console.width, most=len(table.rows)), (0, 0, 1, 0)))
 
 
 def _spread(table: Table) -> Table:

@@ -96,24 +96,16 @@ def _as_they_come(judge: RulesAsTheyCome, name: str, pairs: Pairs) -> Iterator[V
 
 def judge_batch(judge: Judge, pairs: Pairs) -> list[Verdict]:
     """Verdicts on completions, alone and with their prefill; whatever fails is unscored with its reason."""
-    alone = _rulings(judge, [_seen(attempt, completion.text) for attempt, completion in pairs])
-    joined = _rulings(
-        judge, [_seen(attempt, _before(attempt, completion) + completion.text) for attempt, completion in pairs]
-    )
-    thinking = [(attempt, completion) for attempt, completion in pairs if completion.thoughts.strip()]
-    of_thoughts = dict(
-        zip(
-            [completion.key for _, completion in thinking],
-            _rulings(judge, [_seen(attempt, completion.thoughts) for attempt, completion in thinking])
-            if thinking
-            else [],
-            strict=True,
-        )
-    )
-    return [
-        to_verdict(judge.name, attempt, completion, one, both, of_thoughts.get(completion.key))
-        for (attempt, completion), one, both in zip(pairs, alone, joined, strict=True)
-    ]
+    wanted = [shown(attempt, completion) for attempt, completion in pairs]
+    # A completion without a prefill is the same text twice, and must not be paid twice.
+    items = list(dict.fromkeys(text for one in wanted for text in one.texts))
+    known: dict[JudgeInput | None, Ruling] = dict(zip(items, _rulings(judge, items) if items else [], strict=True))
+    verdicts = []
+    for (attempt, completion), one in zip(pairs, wanted, strict=True):
+        nothing = _unscored(_why_nothing(completion))
+        alone, joined = known.get(one.alone, nothing), known.get(one.joined, nothing)
+        verdicts.append(to_verdict(judge.name, attempt, completion, alone, joined, known.get(one.thoughts)))
+    return verdicts
 
 
 def to_verdict(

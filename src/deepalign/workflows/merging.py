@@ -18,6 +18,7 @@ from deepalign.endpoints.spending import Spending
 from deepalign.engines.found import same_greedy
 from deepalign.errors import UserError
 from deepalign.judges import Judge, get_judge, make_ready
+from deepalign.judges.panel import members_of
 from deepalign.progress import Progress, silent
 from deepalign.runs import MANIFEST, RunFolder
 from deepalign.shards import Shard, whole_folder
@@ -59,19 +60,18 @@ def merge_shards(config: MergeConfig, progress: Progress = silent) -> AuditResul
     run = RunFolder(config.output or _named_by(parts))
     settings = {name: value for name, value in parts[0].manifest["config"].items() if name != "shard"}
     judge, scorer = get_judge(settings["judge"]), get_judge(settings["decoding_scorer"])
+    asked = (*members_of(judge), *members_of(scorer))
     with run.writing():
         if (run / MANIFEST).exists() and "merged" not in run.manifest:
             raise UserError(f"{run.path} holds a run that was not merged from shards; choose another --output")
         run.claim(settings, _facts(parts))
         order = Order.of(json.loads((parts[0].run / ORDER).read_text(encoding="utf-8")))
-        join_records(
-            run, parts, order, {one.name: str(getattr(one, "version", "")) for one in (judge, scorer)}, progress
-        )
+        join_records(run, parts, order, {one.name: str(getattr(one, "version", "")) for one in asked}, progress)
         if (parts[0].run / FINETUNING).exists():
             shutil.copytree(parts[0].run / FINETUNING, run / FINETUNING, dirs_exist_ok=True)
         run.note(environment=_environment(parts), **_facts(parts))
         _note_spending(run, parts)
-        _make_ready(run, (judge, scorer), settings)
+        _make_ready(run, asked, settings)
         data = judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
     return AuditResult(run=run.path, metrics=data)
 

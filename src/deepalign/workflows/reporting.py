@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepalign.attacks.decoding import ATTACK as DECODING
+from deepalign.attacks.plain import OVER_REFUSAL
 from deepalign.attacks.prefill import ATTACK as PREFILL
 from deepalign.config_reports import JudgeConfig, ReportConfig
 from deepalign.errors import UserError
 from deepalign.judges import Judge, get_judge, make_ready
+from deepalign.judges.panel import Panel, members_of
 from deepalign.progress import Progress, silent
 from deepalign.records import Attempt, Completion, Verdict
 from deepalign.report.figures import save_figures
@@ -20,16 +21,18 @@ from deepalign.report.page import render_page
 from deepalign.runs import RunFolder, clear_disk_errors, write_atomically
 from deepalign.workflows.judge_accounts import accounted
 from deepalign.workflows.judge_files import Exported, check_whole, export_batch, import_batch
+from deepalign.workflows.panels import combined, with_texts
 from deepalign.workflows.side_by_side import joined
 from deepalign.workflows.steps import ATTEMPTS, COMPLETIONS, judge_completions
-from deepalign.workflows.summary import METRICS, read_metrics, summarise, unfinished
+from deepalign.workflows.summary import METRICS, Judgement, read_metrics, summarise, unfinished
 
 _EXAMPLES_PER_CATEGORY = 3
 
 
 def write_report(run: RunFolder, data: dict[str, Any], *, redact: bool) -> Path:
     """Write a run's `report.html` and its figures."""
-    run.write_text("report.html", render_page([data], examples(run, data["judge"]), redact=redact))
+    shown = data if redact else with_texts(run, data)
+    run.write_text("report.html", render_page([shown], examples(run, data["judge"]), redact=redact))
     figures(run.path / "figures", [data])
     return run / "report.html"
 
@@ -124,7 +127,9 @@ def judge_run(config: JudgeConfig, progress: Progress = silent) -> dict[str, Any
     with run.writing():
         if config.batch_import is not None:
             import_batch(run, judge, config.batch_import)
-        _start_over_where_finished(run, judge)
+        if not isinstance(judge, Panel):
+            # A panel's members keep what they said, or one would be paid again while another is still missing.
+            _start_over_where_finished(run, judge)
         return judge_and_report(run, judge, redact=not config.show_completions, progress=progress)
 
 
@@ -139,32 +144,54 @@ def _start_over_where_finished(run: RunFolder, judge: Judge) -> None:
 def judge_and_report(run: RunFolder, judge: Judge, *, redact: bool, progress: Progress = silent) -> dict[str, Any]:
     """The last steps of every audit: completions -> verdicts -> metrics -> report."""
     found = judge_all(run, judge, progress=progress)
-    data = summarise(run, judge, found.attempts, found.verdicts, found.scored)
+    data = summarise(run, judge, found)
     write_report(run, data, redact=redact)
     return data
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Judgement:
-    """A run's attempts and what was ruled on them."""
-
-    attempts: list[Attempt]
-    verdicts: list[Verdict]
-    scored: list[Verdict]
-    """Those of the judge that picks the worst answers of the decoding probe."""
 
 
 def judge_all(run: RunFolder, judge: Judge, *, progress: Progress = silent) -> Judgement:
     """Completions -> verdicts, those that are missing."""
     attempts = run.records(ATTEMPTS, Attempt)
-    verdicts = _judged(run, judge, attempts, progress)
+    by_judge: dict[str, list[Verdict]] = {}
+    for member in members_of(judge):
+        by_judge[member.name] = _judged(run, member, attempts, progress)
+    if isinstance(judge, Panel):
+        by_judge[judge.name] = _majority(run, judge, by_judge)
+    verdicts = by_judge[judge.name]
     swept = [attempt for attempt in attempts if attempt.attack == DECODING]
     scored = verdicts
     if swept:
         scorer = get_judge(run.manifest["config"]["decoding_scorer"])
         if scorer.name != judge.name:
-            scored = _judged(run, scorer, swept, progress)
-    return Judgement(attempts=attempts, verdicts=verdicts, scored=scored)
+            scored = by_judge.get(scorer.name) or _whatever_judged(run, scorer, swept, progress)
+    refusing, teller = verdicts, judge
+    asked = [attempt for attempt in attempts if attempt.attack == OVER_REFUSAL]
+    if asked and not getattr(judge, "tells_refusals", True):
+        # A judge of harm finds nothing in a benign answer, which is no refusal.
+        teller = get_judge("refusal")
+        refusing = _judged(run, teller, asked, progress)
+    return Judgement(
+        attempts=attempts,
+        verdicts=verdicts,
+        scored=scored,
+        refusing=refusing,
+        teller=teller,
+        by_judge=by_judge if isinstance(judge, Panel) else None,
+    )
+
+
+def _whatever_judged(run: RunFolder, judge: Judge, attempts: list[Attempt], progress: Progress) -> list[Verdict]:
+    if isinstance(judge, Panel):
+        return combined(judge, {one.name: _judged(run, one, attempts, progress) for one in judge.members})
+    return _judged(run, judge, attempts, progress)
+
+
+def _majority(run: RunFolder, panel: Panel, by_judge: dict[str, list[Verdict]]) -> list[Verdict]:
+    """What the majority says, written anew: it costs nothing."""
+    verdicts = combined(panel, by_judge)
+    run.note(judges={panel.name: panel.version})
+    run.write_records(f"verdicts.{panel.name}.jsonl", verdicts)
+    return verdicts
 
 
 def _judged(run: RunFolder, judge: Judge, attempts: list[Attempt], progress: Progress) -> list[Verdict]:
@@ -191,6 +218,8 @@ def report_runs(config: ReportConfig) -> Path:
     data, alone = [metrics for _, metrics in found], len(config.runs) == 1
     output = config.output or config.runs[0] / ("report.html" if alone else "comparison.html")
     shown = examples(RunFolder(found[0][0]), data[0]["judge"]) if len(data) == 1 else []
+    if alone and config.show_completions:
+        data = [with_texts(RunFolder(config.runs[0]), data[0])]
     with clear_disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, render_page(data, shown, redact=not config.show_completions))

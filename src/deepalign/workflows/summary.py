@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from deepalign.attacks.prefill import Skipped
 from deepalign.depth import KlProfile
 from deepalign.judges import Judge
 from deepalign.onset import OnsetProfile
+from deepalign.over_refusal import over_refusal_rows
 from deepalign.records import Attempt, Completion, Prompt, Verdict
 from deepalign.runs import RunFolder
+from deepalign.workflows import panels
 from deepalign.workflows.along import profiles_of
 from deepalign.workflows.attack_sections import attack_sections, searches_settled
 from deepalign.workflows.onset import ONSET
@@ -27,34 +30,40 @@ FINETUNING = "finetuning"
 """Folder, inside an audit's, of the copies that were tuned and measured."""
 
 
-def summarise(
-    run: RunFolder, judge: Judge, attempts: list[Attempt], verdicts: list[Verdict], scored: list[Verdict]
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """A run's attempts and what was ruled on them."""
+
+    attempts: list[Attempt]
+    verdicts: list[Verdict]
+    scored: list[Verdict]
+    """Those of the judge that picks the worst answers of the decoding probe."""
+    refusing: list[Verdict]
+    """Those that over-refusal is read off."""
+    teller: Judge
+    """Whose those are."""
+    by_judge: dict[str, list[Verdict]] | None = None
+    """Of a panel: each member's, and the majority's."""
+
+
+def summarise(run: RunFolder, judge: Judge, found: Judgement) -> dict[str, Any]:
     """Compute the metrics of a run from its records, and write `metrics.json` and `metrics.<judge>.json`.
 
     Args:
         run: Where the records are.
         judge: Whose verdicts are reported.
-        attempts: All attempts.
-        verdicts: The judge's verdicts.
-        scored: Verdicts of the scorer that picks the worst answers of the decoding probe.
+        found: What was judged.
     """
     manifest = run.manifest
-    data = compute(run, manifest, judge, attempts, verdicts, scored)
+    data = compute(run, manifest, judge, found)
     run.write_json(METRICS, data)
     run.write_json(f"metrics.{judge.name}.json", data)
     return data
 
 
-def compute(
-    run: RunFolder,
-    manifest: dict[str, Any],
-    judge: Judge,
-    attempts: list[Attempt],
-    verdicts: list[Verdict],
-    scored: list[Verdict],
-) -> dict[str, Any]:
+def compute(run: RunFolder, manifest: dict[str, Any], judge: Judge, found: Judgement) -> dict[str, Any]:
     """The content of `metrics.json`; `docs/metrics.md` defines every field."""
+    attempts, verdicts, scored = found.attempts, found.verdicts, found.scored
     config = manifest["config"]
     judged = searches_settled(run, metrics.join(attempts, verdicts))
     skipped = run.records(SKIPPED, Skipped)
@@ -87,7 +96,17 @@ def compute(
     prefixes = list(dict.fromkeys(a.variant for a in attempts if a.attack == REFUSAL_PREFIX))
     data["refusal_prefix"] = metrics.refusal_prefix_rows(judged, prefixes) or None
     sets = list(dict.fromkeys(a.variant for a in attempts if a.attack == OVER_REFUSAL))
-    data["over_refusal"] = metrics.over_refusal_rows(judged, sets) or None
+    harmless = [attempt for attempt in attempts if attempt.attack == OVER_REFUSAL]
+    data["over_refusal"] = (
+        over_refusal_rows(
+            metrics.join(harmless, found.refusing),
+            sets,
+            judge=found.teller.name,
+            by_status=not hasattr(found.teller, "tells_refusals"),
+        )
+        or None
+    )
+    data["panel"] = panels.section(attempts, found.by_judge) if found.by_judge else None
     data["finetuning"] = _of_copies(run)
     data["worst_case"] = _worst_case(run, manifest, judged, data["finetuning"])
     data["by_category"] = metrics.category_rows(judged, config["depths"]) if rows else None
