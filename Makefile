@@ -22,8 +22,9 @@ $(READY): pyproject.toml constraints.txt
 audit: $(READY)
 	@$(BIN)/deepalign audit testbed:shallow --base testbed:base --limit 40
 
+# One process for each core, each on one thread: threads of several processes on the same cores wait for one another.
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: lint test
 

@@ -116,7 +116,7 @@ def test_an_interrupted_judging_goes_on(run: Path, flaky: str, monkeypatch: pyte
         if stage == "judging" and 0 < done < total:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("deepalign.workflows.steps._JUDGE_BATCH", 16)
+    monkeypatch.setattr("deepalign.workflows.judging._BATCH", 16)
     with pytest.raises(KeyboardInterrupt):
         deepalign.judge_run(JudgeConfig(run, judge=flaky), stop)
     first = (run / "verdicts.flaky.jsonl").read_bytes()
