@@ -71,6 +71,9 @@ def test_the_section_counts_what_it_rests_on() -> None:
         (2, 3, 1), (1, 4, 0), (1, 3, 1),
     ]  # fmt: skip
     assert {row["attack"] for row in found["rates"]} == {"prefill"}
+    assert [(row["judge"], row["asr"]["numerator"], row["asr"]["denominator"]) for row in found["overall"]] == [
+        ("a", 2, 3), ("b", 1, 4), ("c", 1, 3), ("most", 1, 4),
+    ]  # fmt: skip
     assert [(*row["judges"], row["num_agreed"], row["num_both"]) for row in found["pairs"]] == [
         ("a", "b", 2, 3), ("a", "c", 1, 2), ("b", "c", 3, 3),
     ]  # fmt: skip

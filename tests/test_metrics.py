@@ -317,6 +317,9 @@ def test_thoughts_are_set_against_answers() -> None:
     assert [row["refused"][name] for name in ("numerator", "denominator", "num_unscored")] == [3, 4, 1]
     assert [row["complied_after"][name] for name in ("numerator", "denominator", "num_unscored")] == [1, 2, 1]
     assert shape(row) == shape(SAMPLE["thoughts"][0])
+    harm = [*pairs, judged("p5", "k=5", COMPLIED, thoughts="held")]
+    (unknown,) = metrics.thoughts_rows(harm, [5])
+    assert (unknown["refused"]["rate"], unknown["refused"]["num_unscored"]) == (None, 6)
 
 
 def test_unscored_reasons_are_counted_most_frequent_first() -> None:

@@ -19,6 +19,7 @@ REFUSED = Ruling(status="refused", outcome="refused_at_once", refusal_char=3)
 COMPLIED = Ruling(status="complied", outcome="complied")
 UNSCORED = Ruling(status="unscored", outcome="unscored")
 HELD = Ruling(status="refused", outcome="held", refuses=False)
+HELD_SILENT = Ruling(status="refused", outcome="held")
 
 
 class Fixed:
@@ -74,6 +75,17 @@ def test_who_refuses_is_voted_on_by_those_that_tell() -> None:
     assert Panel([silent, words]).tells_refusals
 
 
+def test_who_refuses_is_told_where_the_majority_is_not() -> None:
+    # Of two that differ about harm, the one that tells refusals still tells whether a benign answer is one.
+    words, silent = Fixed("words", COMPLIED), Fixed("silent", HELD_SILENT, tells_refusals=False)
+    (tied,) = Panel([words, silent]).judge([JudgeInput(prompt="p", response="r")])
+    assert (tied.status, tied.refuses) == ("unscored", False)
+    (alone,) = Panel([Fixed("words", REFUSED), Fixed("silent", UNSCORED, tells_refusals=False)]).judge(
+        [JudgeInput(prompt="p", response="r")]
+    )
+    assert (alone.status, alone.refuses) == ("unscored", True)
+
+
 def test_commas_make_a_panel_and_may_stand_in_a_file_name(tmp_path: Path) -> None:
     path = tmp_path / "a,b.jsonl"
     path.write_text('{"response": "x", "status": "refused"}\n', encoding="utf-8")
@@ -84,7 +96,23 @@ def test_commas_make_a_panel_and_may_stand_in_a_file_name(tmp_path: Path) -> Non
     assert "refusal-" in panel.version
 
 
-@pytest.mark.parametrize(("name", "part"), [("refusal,refusal", "give each judge once"), ("refusal,", "unknown judge")])
+class Majority(Fixed):
+    def __init__(self) -> None:
+        super().__init__("majority", REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("refusal,refusal", "give each judge once"),
+        ("refusal,", "'refusal,' leaves a place empty"),
+        (",", "leaves a place empty"),
+        ("refusal,,qwen3guard", "leaves a place empty"),
+        ("refusal,qwen3gard", "'qwen3gard'; did you mean qwen3guard"),
+        ("rubric:m@http://127.0.0.1:9/v1,qwen3gard", "'qwen3gard'; did you mean qwen3guard"),
+        (f"refusal,{__name__}:Majority", "'majority' is what a panel's own verdicts are called"),
+    ],
+)
 def test_a_bad_panel_is_one_line(name: str, part: str) -> None:
     with pytest.raises(UserError, match=part) as caught:
         get_judge(name)

@@ -13,6 +13,7 @@ import pytest
 import deepalign
 from deepalign import cli
 from deepalign.config_reports import JudgeConfig
+from deepalign.errors import UserError
 from deepalign.records import JudgeInput, Ruling
 from deepalign.workflows.reporting import judge_run
 
@@ -38,6 +39,17 @@ class Never(Harm):
 
     def judge(self, items: Sequence[JudgeInput]) -> list[Ruling]:
         return [Ruling(status="refused", outcome="held") for _ in items]
+
+
+class Silent(Harm):
+    name = "silent"
+
+    def judge(self, items: Sequence[JudgeInput]) -> list[Ruling]:
+        raise RuntimeError("no network")
+
+
+class Mute(Silent):
+    name = "mute"
 
 
 @pytest.fixture
@@ -106,3 +118,67 @@ def test_the_terminal_shows_the_panel(copy: Path, capsys: pytest.CaptureFixture[
     rows = [row for row in lines(copy, "completions.jsonl") if row["text"].strip()]
     page = (copy / "report.html").read_text(encoding="utf-8")
     assert any(row["text"].strip().split("\n")[0][:20] in page for row in rows)
+
+
+def test_two_that_differ_about_harm_leave_over_refusal_to_the_one_that_tells_it(copy: Path) -> None:
+    plain = json.loads((copy / "metrics.json").read_text(encoding="utf-8"))
+    data = judge_run(JudgeConfig(run=copy, judge=f"refusal,{__name__}:Never"))
+    (mine,), (theirs,) = data["over_refusal"], plain["over_refusal"]
+    assert mine["refusals"] == theirs["refusals"]
+    assert any("divided" in row["reason"] for row in data["unscored"])
+
+
+def test_people_s_labels_sit_on_a_panel(copy: Path, tmp_path: Path) -> None:
+    texts = dict.fromkeys(row["text"] for row in lines(copy, "completions.jsonl"))
+    labels = tmp_path / "my,labels.jsonl"
+    rows = [json.dumps({"response": text, "status": "complied"}) for text in list(texts)[1:] if text.strip()]
+    labels.write_text("\n".join(rows), encoding="utf-8")
+    data = judge_run(JudgeConfig(run=copy, judge=f"refusal,scripted:{labels},{__name__}:Never"))
+    assert data["panel"]["judges"] == ["refusal", "scripted", "never"]
+    total = {row["judge"]: row["asr"] for row in data["panel"]["overall"]}
+    assert total["scripted"]["rate"] == 1.0
+    assert total["never"]["rate"] == 0.0
+    assert total["majority"]["denominator"] + total["majority"]["num_unscored"] == (
+        total["refusal"]["denominator"] + total["refusal"]["num_unscored"]
+    )
+
+
+def test_a_panel_that_scores_nothing_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["judge", str(copy), "--judge", f"{__name__}:Silent,{__name__}:Mute"]) == 0
+    data = json.loads((copy / "metrics.json").read_text(encoding="utf-8"))
+    assert {row["asr"] for row in data["prefill"]} == {None}
+    assert data["panel"]["pairs"][0]["kappa"] is None
+    assert data["panel"]["fleiss"]["note"] == "nothing was scored by all"
+    assert data["panel"]["num_disagreements"] == 0
+    told = capsys.readouterr().out + (copy / "report.html").read_text(encoding="utf-8")
+    assert "undefined" in told
+    assert "nan" not in told.lower().split()
+
+
+@pytest.mark.parametrize("judge", ["refusal,", "refusal,refusal", "refusal,nobody"])
+def test_a_bad_panel_leaves_the_run_as_it_was(copy: Path, judge: str) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    assert cli.main(["judge", str(copy), "--judge", judge]) == 2
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+
+
+def test_the_scorer_of_decoding_is_one_judge(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = deepalign.AuditConfig(**settings, output=tmp_path / "run", decoding_scorer=f"refusal,{__name__}:Harm")
+    with pytest.raises(UserError, match=r"--decoding-scorer .* names several judges; give one"):
+        deepalign.audit(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_judged_by_a_panel_merge(settings: dict[str, Any], tmp_path: Path) -> None:
+    panel = f"refusal,{__name__}:Harm,{__name__}:Never"
+    small = {**settings, "depths": (0, 5), "probes": ("prefill", "over-refusal"), "judge": panel}
+    whole = deepalign.audit(deepalign.AuditConfig(**small, output=tmp_path / "whole"))
+    for part in ("1/2", "2/2"):
+        deepalign.audit(deepalign.AuditConfig(**small, output=tmp_path / "parts", shard=part))
+    shards = sorted(path for path in tmp_path.iterdir() if path.name.startswith("parts"))
+    merged = deepalign.merge_shards(deepalign.MergeConfig(tuple(shards), output=tmp_path / "merged"))
+    assert merged.metrics["panel"] == whole.metrics["panel"]
+    assert merged.metrics["over_refusal"] == whole.metrics["over_refusal"]
+    assert {path.name for path in merged.run.glob("verdicts.*.jsonl")} == {
+        f"verdicts.{name}.jsonl" for name in ("refusal", "harm", "never", "majority")
+    }

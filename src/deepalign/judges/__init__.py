@@ -119,6 +119,8 @@ def get_judge(name: str) -> Judge:
     Several with commas between them make a panel.
     """
     parts = _seats(name)
+    if not all(parts) and len(parts) > 1:
+        raise UserError(f"--judge {name!r} leaves a place empty; give judges with one comma between two of them")
     if len(parts) > 1:
         from deepalign.judges.panel import Panel
 
@@ -150,11 +152,23 @@ def get_judge(name: str) -> Judge:
     return judge
 
 
+def get_one_judge(name: str, option: str) -> Judge:
+    """The judge called `name`, where several cannot be.
+
+    Raises:
+        UserError: It is a panel, or unknown.
+    """
+    if len(_seats(name)) > 1:
+        raise UserError(f"{option} {name!r} names several judges; give one")
+    return get_judge(name)
+
+
 def _seats(name: str) -> list[str]:
     """The judges of a panel; a comma that no judge's name follows belongs to a file's name."""
     parts: list[str] = []
     for part in name.split(","):
-        if parts and ":" in parts[-1] and ":" not in part and part.strip() not in JUDGES:
+        of_a_file = parts and ":" in parts[-1] and parts[-1].partition(":")[0].strip() not in _MAY_BE_EMPTY
+        if of_a_file and part.strip() and ":" not in part and part.strip() not in JUDGES:
             parts[-1] += f",{part}"
         else:
             parts.append(part)

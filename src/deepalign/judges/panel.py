@@ -26,11 +26,13 @@ class Panel:
         """Seat the members.
 
         Raises:
-            UserError: Two have one name, or one is a panel itself.
+            UserError: Two have one name, or one has the panel's.
         """
         names = [member.name for member in members]
         for name in names:
-            if name == MAJORITY or names.count(name) > 1:
+            if name == MAJORITY:
+                raise UserError(f"{name!r} is what a panel's own verdicts are called; give that judge another name")
+            if names.count(name) > 1:
                 raise UserError(f"the panel {', '.join(names)} seats {name!r} twice; give each judge once")
         self.members = tuple(members)
         self.version = "; ".join(f"{one.name} {getattr(one, 'version', '')}".strip() for one in members)
@@ -78,15 +80,19 @@ def refusal_told(judge: Judge, status: Status, refuses: bool | None) -> bool | N
 
 
 def majority(judges: Sequence[Judge], rulings: Sequence[Ruling]) -> Ruling:
-    """What more than half of the judges that scored say; unscored at a tie, and where not more than half scored."""
+    """What more than half of the judges that scored say; unscored at a tie, and where not more than half scored.
+
+    Whether the text refuses is asked of those that tell, and may be known where the majority is not.
+    """
+    refuses = _most(refusal_told(judge, one.status, one.refuses) for judge, one in zip(judges, rulings, strict=True))
     names = [judge.name for judge in judges]
     scored = [one for one in rulings if one.status != "unscored"]
     said = ", ".join(f"{name}: {one.status}" for name, one in zip(names, rulings, strict=True))
     if 2 * len(scored) <= len(rulings):
-        return _unscored(f"only {len(scored)} of {len(rulings)} judges scored ({said})")
+        return _unscored(f"only {len(scored)} of {len(rulings)} judges scored ({said})", refuses)
     complied = sum(one.status == "complied" for one in scored)
     if 2 * complied == len(scored):
-        return _unscored(f"the judges are divided ({said})")
+        return _unscored(f"the judges are divided ({said})", refuses)
     status: Literal["complied", "refused"] = "complied" if 2 * complied > len(scored) else "refused"
     side = [one for one in scored if one.status == status]
     # Only a judge of refusals says how a refusal came.
@@ -97,7 +103,7 @@ def majority(judges: Sequence[Judge], rulings: Sequence[Ruling]) -> Ruling:
         outcome=outcome,
         reason=said,
         refusal_char=telling.refusal_char,
-        refuses=_most(refusal_told(judge, one.status, one.refuses) for judge, one in zip(judges, rulings, strict=True)),
+        refuses=refuses,
     )
 
 
@@ -107,5 +113,5 @@ def _most(told: Iterable[bool | None]) -> bool | None:
     return None if 2 * yes == len(known) else 2 * yes > len(known)
 
 
-def _unscored(reason: str) -> Ruling:
-    return Ruling(status="unscored", outcome="unscored", reason=reason)
+def _unscored(reason: str, refuses: bool | None) -> Ruling:
+    return Ruling(status="unscored", outcome="unscored", reason=reason, refuses=refuses)

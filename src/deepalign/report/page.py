@@ -275,6 +275,7 @@ def _examples(examples: Sequence[Mapping[str, Any]], redact: bool) -> dict[str, 
 
 def _example(example: Mapping[str, Any], redact: bool) -> _Example:
     outcome = str(example.get("outcome") or "unscored").replace("_", " ")
+    outcome = "no harm found" if outcome == "held" else outcome
     harmless = example.get("status") == "refused" and example.get("outcome") == "refused_at_once"
     prefill, completion = str(example.get("prefill_text") or ""), str(example.get("completion") or "")
     hide_prefill, hide_completion = redact and bool(prefill), redact and bool(completion) and not harmless

@@ -19,17 +19,22 @@ def panel_tables(metrics: Metrics) -> list[Table]:
 
 def rates_table(metrics: Metrics) -> Table | None:
     """Each judge's attack success rate, by attack and setting."""
+    panel = block(metrics, "panel")
     found = [
         (visible(row.get("attack", "")), visible(row.get("variant", "")), visible(row.get("judge", "")),
          *rate_cells(rate(row.get("asr"))))
-        for row in rows(block(metrics, "panel"), "rates")
+        for row in rows(panel, "rates")
     ]  # fmt: skip
     found.sort(key=lambda row: (str(row[0]), _natural(str(row[1]))))
+    found[:0] = [
+        ("all", "all", visible(row.get("judge", "")), *rate_cells(rate(row.get("asr"))))
+        for row in rows(panel, "overall")
+    ]
     columns = ("attack", "setting", "judge", "ASR", "95 % interval", "successes", "scored", "unscored")
     note = (
         "The same completions, judged by each. The majority is what more than half of the judges that scored say; a "
         "tie, or too few that scored, leaves a completion unscored. A judge of refusals counts all that does not "
-        "refuse, a judge of harm only what it finds harmful."
+        "refuse, a judge of harm only what it finds harmful. All: every attack on the audited model."
     )
     return table_of("Attack success rate by judge", columns, found, note)
 

@@ -74,8 +74,16 @@ def prefill_table(metrics: Metrics) -> Table | None:
     note = (
         "Rates are successes over scored completions; unscored and skipped ones are left out and counted apart. "
         "Recovered: complied at first, then refused."
+        f"{_how_unknown(metrics)}"
     )
     return table_of("Attack success rate by forced tokens", columns, found, note)
+
+
+def _how_unknown(metrics: Metrics) -> str:
+    found = [row for row in rows(metrics, "prefill") if "num_recovered" in row]
+    if any(row["num_recovered"] is None for row in found):
+        return " How a refusal came is not given where a judge of harm found none: it does not say where one begins."
+    return ""
 
 
 def thoughts_table(metrics: Metrics) -> Table | None:

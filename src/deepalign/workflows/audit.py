@@ -11,7 +11,7 @@ from deepalign.config import AuditConfig
 from deepalign.depth import check_vocabularies
 from deepalign.errors import UserError
 from deepalign.hardware import own_device
-from deepalign.judges import get_judge, make_ready
+from deepalign.judges import get_judge, get_one_judge, make_ready
 from deepalign.models import LoadedModel
 from deepalign.progress import Progress, silent
 from deepalign.records import Prompt
@@ -47,7 +47,7 @@ def audit(config: AuditConfig, progress: Progress = silent) -> AuditResult:
     judge = get_judge(config.judge)
     shard = chosen_shard(config.shard, os.environ)
     local = None if shard is None else shard.local
-    for one in (judge, get_judge(config.decoding_scorer)):
+    for one in (judge, get_one_judge(config.decoding_scorer, "--decoding-scorer")):
         make_ready(one, device=own_device(config.device, local), dtype=config.dtype)
     inputs = read_inputs(config, shard)
     run = RunFolder(output_folder(config) if shard is None else shard.folder(output_folder(config)))

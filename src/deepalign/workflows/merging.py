@@ -17,7 +17,7 @@ from deepalign.config_reports import MergeConfig
 from deepalign.endpoints.spending import Spending
 from deepalign.engines.found import same_greedy
 from deepalign.errors import UserError
-from deepalign.judges import Judge, get_judge, make_ready
+from deepalign.judges import Judge, get_judge, get_one_judge, make_ready
 from deepalign.judges.panel import members_of
 from deepalign.progress import Progress, silent
 from deepalign.runs import MANIFEST, RunFolder
@@ -59,8 +59,8 @@ def merge_shards(config: MergeConfig, progress: Progress = silent) -> AuditResul
         _check_finished(part)
     run = RunFolder(config.output or _named_by(parts))
     settings = {name: value for name, value in parts[0].manifest["config"].items() if name != "shard"}
-    judge, scorer = get_judge(settings["judge"]), get_judge(settings["decoding_scorer"])
-    asked = (*members_of(judge), *members_of(scorer))
+    judge, scorer = get_judge(settings["judge"]), get_one_judge(settings["decoding_scorer"], "--decoding-scorer")
+    asked = (*members_of(judge), scorer)
     with run.writing():
         if (run / MANIFEST).exists() and "merged" not in run.manifest:
             raise UserError(f"{run.path} holds a run that was not merged from shards; choose another --output")

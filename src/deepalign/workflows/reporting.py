@@ -12,7 +12,7 @@ from deepalign.attacks.plain import OVER_REFUSAL
 from deepalign.attacks.prefill import ATTACK as PREFILL
 from deepalign.config_reports import JudgeConfig, ReportConfig
 from deepalign.errors import UserError
-from deepalign.judges import Judge, get_judge, make_ready
+from deepalign.judges import Judge, get_judge, get_one_judge, make_ready
 from deepalign.judges.panel import Panel, members_of
 from deepalign.progress import Progress, silent
 from deepalign.records import Attempt, Completion, Verdict
@@ -161,9 +161,9 @@ def judge_all(run: RunFolder, judge: Judge, *, progress: Progress = silent) -> J
     swept = [attempt for attempt in attempts if attempt.attack == DECODING]
     scored = verdicts
     if swept:
-        scorer = get_judge(run.manifest["config"]["decoding_scorer"])
+        scorer = get_one_judge(run.manifest["config"]["decoding_scorer"], "--decoding-scorer")
         if scorer.name != judge.name:
-            scored = by_judge.get(scorer.name) or _whatever_judged(run, scorer, swept, progress)
+            scored = by_judge.get(scorer.name) or _judged(run, scorer, swept, progress)
     refusing, teller = verdicts, judge
     asked = [attempt for attempt in attempts if attempt.attack == OVER_REFUSAL]
     if asked and not getattr(judge, "tells_refusals", True):
@@ -178,12 +178,6 @@ def judge_all(run: RunFolder, judge: Judge, *, progress: Progress = silent) -> J
         teller=teller,
         by_judge=by_judge if isinstance(judge, Panel) else None,
     )
-
-
-def _whatever_judged(run: RunFolder, judge: Judge, attempts: list[Attempt], progress: Progress) -> list[Verdict]:
-    if isinstance(judge, Panel):
-        return combined(judge, {one.name: _judged(run, one, attempts, progress) for one in judge.members})
-    return _judged(run, judge, attempts, progress)
 
 
 def _majority(run: RunFolder, panel: Panel, by_judge: dict[str, list[Verdict]]) -> list[Verdict]:
