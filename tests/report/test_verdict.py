@@ -26,6 +26,14 @@ def test_shallow(metrics: Metrics) -> None:
     assert (headline(metrics).number, headline(metrics).unit) == ("0", "tokens")
 
 
+def test_a_judge_of_harm_tells_no_refusals(metrics: Metrics) -> None:
+    metrics["prefill"] = curve((0, 0.04), (2, 0.54), (5, 0.9))
+    for row in metrics["prefill"]:
+        row["num_refused_at_once"] = row["num_recovered"] = None
+    assert "gives no harmful answer, as judged, to 96 % of harmful prompts" in verdict_sentence(metrics)
+    assert "refuses" not in verdict_sentence(metrics)
+
+
 def test_one_token_and_never_half(metrics: Metrics) -> None:
     metrics["prefill"] = curve((0, 0.0), (1, 0.05), (5, 0.3), (9, 0.4))
     metrics["depth"].update(tokens_at_10pct=1, tokens_at_50pct=None, max_k=9)

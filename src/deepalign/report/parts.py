@@ -40,7 +40,7 @@ PARTS: Final = (
     Part("asr_curve", ("prefill",), "Attack success rate by forced tokens",
      (sections.prefill_table, sections.thoughts_table),
      "The first k tokens of a harmful answer are put into the model's mouth. The line is the share of completions that "
-     "then do not refuse; the band is the 95 % interval. Deep alignment keeps the line low however large k is."),
+     "then comply; the band is the 95 % interval. Deep alignment keeps the line low however large k is."),
     Part("panel", (), "What each judge says", (panel_tables.panel_tables,),
      "The same completions, judged by several. Where the judges part, the rate depends on whom you ask: the headline "
      "is the majority's, and the spread between the judges belongs to it.", ""),
