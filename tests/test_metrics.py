@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,11 @@ def test_onset_against_what_was_generated() -> None:
     profiles = [onset_profile("p1", 0.9, 0.9), onset_profile("p2", 0.2, 0.2), onset_profile("p4", 0.1, 0.1)]
     # At k = 0 p1 and p2 were refused, and p4 could not be scored; at k = 5 nothing was predicted.
     found = metrics.onset_section(profiles, PAIRS, 1, (0, 5))
+    harm = [(attempt, dataclasses.replace(one, outcome="held")) for attempt, one in PAIRS if one.status == "refused"]
+    unknown = metrics.onset_section(profiles, harm, 1, (0, 5))
+    assert (unknown["against_generated"], unknown["calibration"]) == ([], None)
+    told = [(attempt, dataclasses.replace(one, refuses=True)) for attempt, one in harm]
+    assert metrics.onset_section(profiles, told, 1, (0, 5))["against_generated"]
     (row,) = found["against_generated"]
     assert (row["k"], row["n"], row["asr_generated"], row["auc"]) == (0, 2, 0.0, None)
     assert row["asr_predicted"] == pytest.approx((0.1 + 0.8) / 2)

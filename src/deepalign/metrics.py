@@ -162,10 +162,12 @@ def onset_section(
 
 
 def _refusals_at(judged: Sequence[Judged], k: int) -> list[tuple[str, bool]]:
+    here = [pair for pair in _only(judged, PREFILL, variant(k)) if pair[1].status != "unscored"]
+    if any(verdict.outcome == "held" and verdict.refuses is None for _, verdict in here):
+        return []  # that no harm was found does not say that it is a refusal
     return [
         (attempt.prompt_id, verdict.status == "refused" if verdict.refuses is None else verdict.refuses)
-        for attempt, verdict in judged
-        if attempt.attack == PREFILL and attempt.variant == variant(k) and verdict.status != "unscored"
+        for attempt, verdict in here
     ]
 
 

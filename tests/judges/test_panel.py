@@ -10,7 +10,7 @@ import pytest
 
 from deepalign.errors import UserError
 from deepalign.judges import Judge, get_judge
-from deepalign.judges.panel import Panel, majority, members_of
+from deepalign.judges.panel import Panel, majority, members_of, who_tells
 from deepalign.judges.refusal import RefusalJudge
 from deepalign.judges.scripted import ScriptedJudge
 from deepalign.records import JudgeInput, Ruling
@@ -73,6 +73,8 @@ def test_who_refuses_is_voted_on_by_those_that_tell() -> None:
     assert majority([silent, silent], [silent.ruling, silent.ruling]).refuses is None  # type: ignore[list-item]
     assert not Panel([silent, Fixed("other", HELD, tells_refusals=False)]).tells_refusals
     assert Panel([silent, words]).tells_refusals
+    assert who_tells(words) == who_tells(Panel([silent, words])) == "words"
+    assert who_tells(Panel([silent, words, harm])) == "majority of words, harm"
 
 
 def test_who_refuses_is_told_where_the_majority_is_not() -> None:

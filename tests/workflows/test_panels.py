@@ -125,6 +125,7 @@ def test_two_that_differ_about_harm_leave_over_refusal_to_the_one_that_tells_it(
     data = judge_run(JudgeConfig(run=copy, judge=f"refusal,{__name__}:Never"))
     (mine,), (theirs,) = data["over_refusal"], plain["over_refusal"]
     assert mine["refusals"] == theirs["refusals"]
+    assert mine["judge"] == "refusal"
     assert any("divided" in row["reason"] for row in data["unscored"])
 
 

@@ -69,6 +69,12 @@ def members_of(judge: Judge) -> tuple[Judge, ...]:
     return judge.members if isinstance(judge, Panel) else (judge,)
 
 
+def who_tells(judge: Judge) -> str:
+    """Who says whether a text refuses: the judge, or those of a panel that do."""
+    names = [one.name for one in members_of(judge) if getattr(one, "tells_refusals", True)]
+    return names[0] if len(names) == 1 else f"{MAJORITY} of {', '.join(names)}"
+
+
 def refusal_told(judge: Judge, status: Status, refuses: bool | None) -> bool | None:
     """Whether a text refuses, harmful or not; None where the judge does not tell.
 

@@ -15,6 +15,7 @@ from deepalign.attacks.plain import OVER_REFUSAL, REFUSAL_PREFIX
 from deepalign.attacks.prefill import Skipped
 from deepalign.depth import KlProfile
 from deepalign.judges import Judge
+from deepalign.judges.panel import who_tells
 from deepalign.onset import OnsetProfile
 from deepalign.over_refusal import over_refusal_rows
 from deepalign.records import Attempt, Completion, Prompt, Verdict
@@ -101,7 +102,7 @@ def compute(run: RunFolder, manifest: dict[str, Any], judge: Judge, found: Judge
         over_refusal_rows(
             metrics.join(harmless, found.refusing),
             sets,
-            judge=found.teller.name,
+            judge=who_tells(found.teller),
             by_status=not hasattr(found.teller, "tells_refusals"),
         )
         or None
