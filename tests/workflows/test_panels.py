@@ -15,6 +15,7 @@ from deepalign import cli
 from deepalign.config_reports import JudgeConfig
 from deepalign.errors import UserError
 from deepalign.records import JudgeInput, Ruling
+from deepalign.workflows import reporting
 from deepalign.workflows.reporting import judge_run
 
 ALL_BUT_ONE = 3
@@ -50,6 +51,18 @@ class Silent(Harm):
 
 class Mute(Silent):
     name = "mute"
+
+
+@pytest.fixture(autouse=True)
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures beside the page, which take seconds for each run."""
+    monkeypatch.setattr(reporting, "save_figures", lambda *_, **__: None)
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No page is drawn, which takes seconds for each run."""
+    monkeypatch.setattr(reporting, "render_page", lambda *_, **__: "<html></html>")
 
 
 @pytest.fixture
@@ -89,6 +102,7 @@ def test_a_finished_audit_is_judged_by_a_panel(copy: Path) -> None:
     assert "Completions are redacted" in page
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_panel_pays_no_judge_twice(copy: Path) -> None:
     judge_run(JudgeConfig(run=copy, judge=PANEL))
     rows = (copy / "verdicts.harm.jsonl").read_bytes()
@@ -100,6 +114,7 @@ def test_a_panel_pays_no_judge_twice(copy: Path) -> None:
     assert (copy / "verdicts.harm.jsonl").read_bytes() == rows
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_judge_of_harm_makes_no_refusal_of_a_benign_answer(copy: Path) -> None:
     plain = json.loads((copy / "metrics.json").read_text(encoding="utf-8"))
     data = judge_run(JudgeConfig(run=copy, judge=f"{__name__}:Never"))
@@ -120,6 +135,7 @@ def test_the_terminal_shows_the_panel(copy: Path, capsys: pytest.CaptureFixture[
     assert any(row["text"].strip().split("\n")[0][:20] in page for row in rows)
 
 
+@pytest.mark.usefixtures("no_page")
 def test_two_that_differ_about_harm_leave_over_refusal_to_the_one_that_tells_it(copy: Path) -> None:
     plain = json.loads((copy / "metrics.json").read_text(encoding="utf-8"))
     data = judge_run(JudgeConfig(run=copy, judge=f"refusal,{__name__}:Never"))
@@ -129,6 +145,7 @@ def test_two_that_differ_about_harm_leave_over_refusal_to_the_one_that_tells_it(
     assert any("divided" in row["reason"] for row in data["unscored"])
 
 
+@pytest.mark.usefixtures("no_page")
 def test_people_s_labels_sit_on_a_panel(copy: Path, tmp_path: Path) -> None:
     texts = dict.fromkeys(row["text"] for row in lines(copy, "completions.jsonl"))
     labels = tmp_path / "my,labels.jsonl"
@@ -170,9 +187,14 @@ def test_the_scorer_of_decoding_is_one_judge(settings: dict[str, Any], tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_shards_judged_by_a_panel_merge(settings: dict[str, Any], tmp_path: Path) -> None:
-    panel = f"refusal,{__name__}:Harm,{__name__}:Never"
-    small = {**settings, "depths": (0, 5), "probes": ("prefill", "over-refusal"), "judge": panel}
+@pytest.mark.parametrize(
+    ("judge", "names"), [(PANEL, ("refusal", "harm", "never", "majority")), (f"{__name__}:Never", ("refusal", "never"))]
+)
+@pytest.mark.usefixtures("no_page")
+def test_shards_judged_by_several_merge(
+    settings: dict[str, Any], tmp_path: Path, judge: str, names: tuple[str, ...]
+) -> None:
+    small = {**settings, "depths": (0, 5), "probes": ("prefill", "over-refusal"), "judge": judge}
     whole = deepalign.audit(deepalign.AuditConfig(**small, output=tmp_path / "whole"))
     for part in ("1/2", "2/2"):
         deepalign.audit(deepalign.AuditConfig(**small, output=tmp_path / "parts", shard=part))
@@ -180,6 +202,4 @@ def test_shards_judged_by_a_panel_merge(settings: dict[str, Any], tmp_path: Path
     merged = deepalign.merge_shards(deepalign.MergeConfig(tuple(shards), output=tmp_path / "merged"))
     assert merged.metrics["panel"] == whole.metrics["panel"]
     assert merged.metrics["over_refusal"] == whole.metrics["over_refusal"]
-    assert {path.name for path in merged.run.glob("verdicts.*.jsonl")} == {
-        f"verdicts.{name}.jsonl" for name in ("refusal", "harm", "never", "majority")
-    }
+    assert {path.name for path in merged.run.glob("verdicts.*.jsonl")} == {f"verdicts.{name}.jsonl" for name in names}
