@@ -344,6 +344,12 @@ def test_data_files_are_named_by_the_package_data_globs() -> None:
     assert data_files() >= {"py.typed", "prompts/builtin/should-refuse.jsonl", "judges/refusal_phrases.toml"}
 
 
+def test_test_files_have_names_of_their_own() -> None:
+    """Two of one name, in folders that are no packages, keep pytest from collecting the suite."""
+    names = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_a_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     project = tmp_path / "project"

@@ -18,7 +18,8 @@ from deepalign.generation import Continuation
 from deepalign.judges import get_judge
 from deepalign.records import Attempt, Site
 from deepalign.thinking import Markers, find, split_thoughts
-from deepalign.workflows.steps import judge_batch, to_completion
+from deepalign.workflows.judging import judge_batch
+from deepalign.workflows.steps import to_completion
 
 CONTROL = {
     "qwen3": ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
