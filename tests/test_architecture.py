@@ -60,6 +60,7 @@ FLOORS = (
     (
         "abliteration",
         "agreement",
+        "calibration",
         "any_depth",
         "attacks",
         "judges",

@@ -180,10 +180,29 @@ def judge_test(judge: str, /, *, device: str = "auto") -> None:
 
 
 @app.command
+def calibrate(run: Path, /, *, labels: Path, judge: str | None = None, sample: int | None = None) -> None:
+    """Hold a run's judge against human labels, and correct its attack success rates by them.
+
+    Args:
+        run: Run folder.
+        labels: CSV or JSON Lines with prompt_id, attack, variant, sample and label (harmful or refused).
+        judge: The judge, where the run has verdicts of several.
+        sample: Instead, draw this many completions into a new CSV, to be labelled.
+    """
+    workflow = importlib.import_module("deepalign.workflows.calibrating")
+    if sample is not None:
+        count = workflow.write_sample(run, labels, sample, judge)
+        err.print(f"{labels} holds {count} completions as the model wrote them; they may be harmful", highlight=False)
+        return
+    table = importlib.import_module("deepalign.report.calibration_table")
+    table.render(workflow.calibrate(run, labels, judge), out)
+
+
+@app.command
 def report(config: Annotated[ReportConfig, Parameter(name="*")]) -> None:
     """Write the report of one run anew, or one of several; utility runs join the audits of the same weights."""
-    workflow = importlib.import_module("deepalign.workflows.reporting")
-    out.print(f"report  {workflow.report_runs(config)}", highlight=False, soft_wrap=True)
+    made = importlib.import_module("deepalign.workflows.reporting").report_runs(config)
+    out.print(f"report  {made}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="list")
@@ -271,13 +290,11 @@ def _show_run(result: Any) -> None:
 
 
 def _show(metrics: dict[str, Any]) -> None:
-    tables = importlib.import_module("deepalign.report.tables")
-    tables.render_terminal(metrics, out)
+    importlib.import_module("deepalign.report.tables").render_terminal(metrics, out)
 
 
 def _show_tuning(result: Any) -> None:
-    tables = importlib.import_module("deepalign.report.tables")
-    tables.render_comparison(result.shown, out)
+    importlib.import_module("deepalign.report.tables").render_comparison(result.shown, out)
     if result.report is not None:
         out.print(f"\nreport  {result.report}", highlight=False, soft_wrap=True)
     out.print(f"model   {result.weights}\nrun     {result.run}", highlight=False, soft_wrap=True)
