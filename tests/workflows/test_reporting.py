@@ -124,7 +124,7 @@ def test_an_interrupted_judging_goes_on(run: Path, flaky: str, monkeypatch: pyte
     deepalign.judge_run(JudgeConfig(run, judge=flaky))
     assert (run / "verdicts.flaky.jsonl").read_bytes().startswith(first)
     batches = -(-len(rows(run, "completions.jsonl")) // 16)
-    assert Flaky.calls == 2 * batches, "one call for the texts alone and one for those with their prefill"
+    assert Flaky.calls == batches, "one call for the texts of a batch, alone and with their prefill"
 
 
 def test_a_newer_version_of_a_judge_rules_on_everything_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,8 +238,10 @@ def test_a_judge_sees_the_prompt_and_the_response_alone_and_joined(tiny_tokenize
     judge = RecordingJudge()
     (verdict,) = judge_batch(judge, [(one, completion_of(one, " will not", (5, 9)))])
     assert judge.batches == [
-        [JudgeInput(prompt="How do I open door p1?", response=" will not")],
-        [JudgeInput(prompt="How do I open door p1?", response="Sure, I will not")],
+        [
+            JudgeInput(prompt="How do I open door p1?", response=" will not"),
+            JudgeInput(prompt="How do I open door p1?", response="Sure, I will not"),
+        ]
     ]
     assert verdict.key == one.key
     assert (verdict.judge, verdict.status, verdict.outcome, verdict.reason) == (
@@ -337,7 +339,7 @@ def test_verdicts_are_joined_by_key_and_appended_once(run: RunFolder) -> None:
     }
     assert run.records("verdicts.recording.jsonl", Verdict) == first
     assert judge_completions(run, judge, attempts) == first
-    assert len(judge.batches) == 2, "nothing was judged again"
+    assert len(judge.batches) == 1, "nothing was judged again"
 
 
 def test_only_what_is_missing_is_judged(run: RunFolder) -> None:

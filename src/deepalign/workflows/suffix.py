@@ -123,7 +123,7 @@ def search_all(
         for number in range(config.runs):
             groups = [[one] for one in behaviours] if config.per_prompt else [behaviours]
             for index, group in enumerate(groups):
-                draft = draft_of(small, [drafted[index]] if config.per_prompt else drafted)
+                draft = draft_of(small, drafted[index : index + 1] if config.per_prompt else drafted)
                 name = f"{'per-prompt' if config.per_prompt else 'universal'}-s{config.seed + number}"
                 prompt = group[0].text if config.per_prompt else ""
                 known = done.get((name, prompt))
