@@ -32,7 +32,7 @@ def address() -> Iterator[str]:
 
 @pytest.mark.parametrize("make", [rubric_judge, strongreject_judge])
 def test_a_small_model_rules_or_is_unscored_with_what_it_wrote(make: object, address: str, tmp_path: Path) -> None:
-    spec = f"{address.removesuffix('/v1')}?max_tokens=24&timeout=120&cache={tmp_path / 'c.sqlite'}"
+    spec = f"{address.removesuffix('/v1')}?max_tokens=24&timeout=600&cache={tmp_path / 'c.sqlite'}"
     judge = make(spec)  # type: ignore[operator]
     rulings = judge.judge(ITEMS)
     assert len(rulings) == len(ITEMS)
