@@ -204,11 +204,14 @@ def test_servers_of_all_shards_stand_in_the_merged_run(copies: list[Path], tmp_p
         # Rounding may make one of the trial's texts another.
         changed(
             folder,
-            engine={"told": f"t{number % 2}", "servers": [{"url": f"http://{number % 2}", "greedy": [[1], [number]]}]},
+            engine={
+                "told": [f"t{number % 2}"],
+                "servers": [{"url": f"http://{number % 2}", "greedy": [[1], [number]]}],
+            },
         )
     run = deepalign.merge_shards(MergeConfig(shards=tuple(copies), output=tmp_path / "merged")).run
     engine = json.loads((run / "manifest.json").read_bytes())["engine"]
-    assert (engine["told"], [server["url"] for server in engine["servers"]]) == ("t0; t1", ["http://0", "http://1"])
+    assert (engine["told"], [server["url"] for server in engine["servers"]]) == (["t0", "t1"], ["http://0", "http://1"])
 
 
 def test_nothing_to_merge(mistake: Any) -> None:

@@ -249,7 +249,7 @@ def test_mistakes_get_one_line(
     with endpoint(target, faults=lambda number: "404") as wrong:
         assert "no such model or path" in told(f"openai:{wrong.url}", "--engine-model", "nothing")
     with endpoint(target, faults=lambda number: "401") as closed:
-        assert "no key, since OPENAI_API_KEY is not set" in told(f"openai:{closed.url}")
+        assert "wants a key, and OPENAI_API_KEY is not set" in told(f"openai:{closed.url}")
     with endpoint(target, "chat", "no continue") as chat:
         assert "does not go on after an assistant's message" in told(f"openai:{chat.url}")
     skipped = told("openai:http://127.0.0.1:9/v1", "--white-box", "skip", "--probes", "onset", "ranks")

@@ -276,5 +276,5 @@ def test_what_is_kept_of_a_task_survives_a_round_trip(settings: dict[str, Any]) 
     lines = (result.run / "tasks.jsonl").read_text().splitlines()
     first = FinishedTask(**json.loads(lines[0]))
     assert first.main is not None
-    assert first.seconds > 0
+    assert first.seconds >= 0.0  # in tenths: a tiny model may take none
     assert first.data_hash

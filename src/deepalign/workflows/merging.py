@@ -260,7 +260,7 @@ def _engine(parts: Sequence[Part]) -> dict[str, Any]:
     if not servers:
         return {}
     asked = [part.manifest["engine"] for part in parts if _servers(part)]
-    told = "; ".join(dict.fromkeys(engine["told"] for engine in asked))
+    told = list(dict.fromkeys(line for engine in asked for line in engine["told"]))
     return {"engine": {**asked[0], "told": told, "servers": list(servers.values())}}
 
 
